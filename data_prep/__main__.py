@@ -1,0 +1,174 @@
+"""`python -m data_prep <verb>`: from genomes to the dataset directory that pre-training reads (see dataset.py)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep import plan as planning
+from data_prep import synthesize as synthesis
+from data_prep import tokenizer as training
+from data_prep.cli import InputError, add_verb, log, main
+from data_prep.dataset import Dataset
+from data_prep.finalize import finalize, streams_of, summary
+from data_prep.genomes import REGION_BASES, find_genomes
+from data_prep.pack import Codec
+from data_prep.shard import build
+
+
+def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
+    """Write made-up genomes and a made-up GUE task."""
+    started = time.monotonic()
+    result = synthesis.synthesize(args.out, bases=args.bases, species=args.species, seed=args.seed)
+    log(f"{args.out}: {result['bases']:,} bases of {result['species']} species, and the task {result['task']}")
+    return {**result, "seconds": round(time.monotonic() - started, 3)}
+
+
+def run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a tokenizer."""
+    started = time.monotonic()
+    result = training.train(
+        args.genomes, args.out, vocab_size=args.vocab_size, sample_bases=args.sample_bases, seed=args.seed
+    )
+    seconds = time.monotonic() - started
+    log(f"{args.out}: {result['vocab_size']} tokens from {result['sample_bases']:,} bases in {seconds:.1f} s")
+    return {**result, "seconds": round(seconds, 3)}
+
+
+def run_shard(args: argparse.Namespace) -> dict[str, Any]:
+    """Build one task's units, or everything including the manifest."""
+    started = time.monotonic()
+    if (args.num_tasks is None) != (args.task is None):
+        raise InputError("--num-tasks and --task go together")
+    if args.num_tasks is not None and not 0 <= args.task < args.num_tasks:
+        raise InputError(f"--task {args.task}: must be from 0 to --num-tasks - 1 = {args.num_tasks - 1}")
+    options = planning.Options(
+        args.sequence_length, args.unit_bases, args.region_bases, args.valid_fraction, args.seed, args.streams
+    )
+    options.check()
+    codec, genomes = Codec(args.tokenizer), find_genomes(args.genomes)
+    if (args.out / "manifest.json").is_file():
+        finished = Dataset(args.out)
+        order, splits = finished.manifest["order"], finished.manifest["splits"]
+        same = order["streams"] == streams_of(args.streams, splits["train"]["sequences"])
+        stored = {**finished.manifest, "streams": args.streams if same else order["streams"]}
+        planning.check_same(args.out, stored, stored["species"], genomes, codec, options)
+        log(f"{args.out}: is already whole; nothing to do")
+        return {**summary(finalize(args.out)), "seconds": round(time.monotonic() - started, 3)}
+    plan = planning.open_plan(args.out, genomes, codec, options)
+    units = plan.units
+    if args.num_tasks is not None:
+        units = planning.units_of_task(units, args.num_tasks, args.task)
+    log(f"{args.out}: {len(units)} of {len(plan.units)} units, {sum(unit.bases for unit in units):,} bases")
+    markers = build(args.out, args.genomes, plan, codec, units)
+    bases = sum(marker["bases"]["in"] for marker in markers)
+    if args.num_tasks is None:
+        result = summary(finalize(args.out))
+    else:
+        result = {
+            "bases_in": bases,
+            "bases_kept": sum(marker["bases"]["kept"] for marker in markers),
+            "tokens": {split: sum(marker["tokens"][split] for marker in markers) for split in ("train", "valid")},
+            "sequences": {split: sum(marker["sequences"][split] for marker in markers) for split in ("train", "valid")},
+        }
+    seconds = time.monotonic() - started
+    log(
+        f"{args.out}: {bases:,} bases, {sum(result['tokens'].values()):,} tokens, "
+        f"{sum(result['sequences'].values()):,} sequences in {seconds:.1f} s ({bases / seconds / 1e6:.2f} Mb/s)"
+    )
+    if args.num_tasks is not None:
+        log(f"when all {args.num_tasks} tasks are done: python -m data_prep finalize {args.out}")
+    return {**result, "units": len(units), "seconds": round(seconds, 3), "bases_per_second": round(bases / seconds)}
+
+
+def run_finalize(args: argparse.Namespace) -> dict[str, Any]:
+    """Merge what the tasks left and commit the manifest."""
+    result = summary(finalize(args.dataset))
+    log(f"{args.dataset}: whole, manifest sha256 {result['manifest_sha256']}")
+    return result
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = add_verb(verbs, "synthesize", run_synthesize, "Make up genomes and a GUE-format task with a planted signal.")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets genomes/ and gue/")
+    _number(verb, "--bases", synthesis.BASES, "bases of all genomes together")
+    _number(verb, "--species", synthesis.SPECIES, "number of genomes")
+    _number(verb, "--seed", 0, "equal seeds give equal files")
+
+    verb = add_verb(verbs, "tokenizer", run_tokenizer, "Train a tokenizer on a sample stratified by species.")
+    _genomes(verb)
+    verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
+    verb.add_argument("--kind", choices=["bpe"], default="bpe", help="kind of tokenizer (default: bpe)")
+    _number(verb, "--vocab-size", training.VOCAB_SIZE, "tokens, with the 5 special ones")
+    _number(
+        verb,
+        "--sample-bases",
+        training.SAMPLE_BASES,
+        f"budget of the sample in bases; training takes about {training.RAM_BYTES_A_BASE} bytes of RAM a base",
+    )
+    _number(verb, "--seed", 0, "chooses the sample")
+
+    verb = add_verb(
+        verbs,
+        "shard",
+        run_shard,
+        "Tokenize and pack genomes into a dataset. Killed or stopped, the same command goes on at the unit it was at.",
+    )
+    _genomes(verb)
+    verb.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json")
+    verb.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the dataset directory to write")
+    _number(verb, "--sequence-length", planning.SEQUENCE_LENGTH, "tokens of a sequence, with [CLS] and [SEP]")
+    _number(verb, "--unit-bases", planning.UNIT_BASES, "bases of a unit of work, which has a shard of its own")
+    _number(verb, "--region-bases", REGION_BASES, "bases of a region, which is all train or all validation")
+    verb.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=planning.VALID_FRACTION,
+        metavar="F",
+        help=f"share of the regions that go to validation (default: {planning.VALID_FRACTION})",
+    )
+    _number(verb, "--seed", 0, "chooses the validation regions")
+    _number(
+        verb,
+        "--streams",
+        None,
+        "streams of the training order (default: a power of two up to 4096, one per 2048 sequences)",
+    )
+    _number(verb, "--num-tasks", None, "tasks of a job array among which the units are divided (default: all at once)")
+    _number(verb, "--task", None, "number of this task, from 0")
+
+    verb = add_verb(verbs, "finalize", run_finalize, "Make what all tasks of an array built a dataset.")
+    verb.add_argument("dataset", type=Path, metavar="DATASET", help="the --out of the tasks")
+    return parser
+
+
+def _genomes(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--genomes",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of FASTA files: DIR/<category>/<species>.fa[.gz]",
+    )
+
+
+def _number(verb: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:
+    text = text if default is None else f"{text} (default: {default})"
+    verb.add_argument(flag, type=int, default=default, metavar="N", help=text)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own without `argv`) and return the exit status."""
+    return main(build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

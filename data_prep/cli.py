@@ -1,0 +1,133 @@
+"""What every command of the project shares: exit statuses, one-line errors, the last line of JSON, progress.
+
+`data_prep`, `pretrain` and `finetune` have a `__main__.py` that builds an argument parser, gives each verb a function
+`(args) -> dict`, and hands both to `main()`. Nothing here imports torch: data preparation runs on cheap CPU nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+DONE = 0  # the command did what it was asked to
+FAILED = 1  # any failure that is not one of the others
+BAD_INPUT = 2  # the input or the configuration is wrong: running again cannot help
+LOST_RANK = 70  # a rank hung or died
+RUN_AGAIN = 75  # stopped on request after saving: run the same command again
+
+Item = TypeVar("Item")
+
+
+class InputError(Exception):
+    """Bad input or configuration. The message is one line naming the file, record or key, and the remedy."""
+
+
+class StopRequested(Exception):
+    """The run saved its state and left because it was asked to; running it again goes on from there."""
+
+
+def log(message: str) -> None:
+    """Write one line to stderr; stdout is kept for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Item], *, total: int | None, unit: str, every_seconds: float = 15.0) -> Iterator[Item]:
+    """Yield `items`, showing a bar on a terminal and a line every so often elsewhere (logs of batch jobs)."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, unit=unit, dynamic_ncols=True)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - last >= every_seconds:
+            last = time.monotonic()
+            log(f"{done}/{total if total is not None else '?'} {unit} in {last - started:.0f} s")
+        yield item
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by a file holding `data`: a reader sees the old file or the new one, even across a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            os.fchmod(stream.fileno(), 0o644)  # mkstemp makes 0600; other users of a cluster read our files
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON as it stands in our files: sorted keys, two spaces, a final newline; equal values give equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Run the verb chosen on the command line and return the exit status.
+
+    Each subparser sets `run` to a function `(args) -> dict`. With `--json` the dict is printed as one JSON object on
+    the last line of stdout. Errors are one line on stderr, with a traceback only under `--debug`.
+    """
+    args = parser.parse_args(argv)
+    try:
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(result, sort_keys=True), flush=True)
+        return DONE
+    except StopRequested as stop:
+        log(f"{parser.prog}: {stop}; run the same command again to go on")
+        return RUN_AGAIN
+    except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if args.debug:
+            traceback.print_exc()
+        log(f"{parser.prog}: error: {one_line(error)}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        log(f"{parser.prog}: interrupted")
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        log(f"{parser.prog}: failed: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+        return FAILED
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line; an OSError as 'path: reason'."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def add_verb(verbs: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add a subparser with the flags that every verb has, bound to `run`."""
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text)
+    verb.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object on the last line of stdout"
+    )
+    verb.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    verb.set_defaults(run=run)
+    return verb

@@ -1,0 +1,137 @@
+"""Merges what the units left into the dataset's tables and commits the manifest, whose presence means "whole"."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
+from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, file_sha256, npy_bytes
+from data_prep.plan import Plan, load_plan, work
+from data_prep.shard import read_marker, shard_rows
+
+WINDOW_BLOCKS = 4
+MAXIMUM_STREAMS = 4096
+SEQUENCES_PER_STREAM = 2048
+
+
+def finalize(dataset: Path) -> Dataset:
+    """Commit the dataset, or open it if that was done before. Running it again does no harm."""
+    if not (dataset / "manifest.json").is_file():
+        _commit(dataset)
+    finished = Dataset(dataset)
+    # Left over by dead tasks or, after a crash between the manifest and here, by ourselves.
+    shutil.rmtree(work(dataset), ignore_errors=True)
+    for split in SPLITS:
+        for partial in (dataset / split).glob(".*"):
+            partial.unlink(missing_ok=True)
+    return finished
+
+
+def _commit(dataset: Path) -> None:
+    plan = load_plan(dataset)
+    markers = [read_marker(dataset, unit) for unit in plan.units]
+    missing = [str(number) for number, marker in enumerate(markers) if marker is None]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"{dataset}: {len(missing)} of {len(plan.units)} units are missing ({shown}); run "
+            f"`python -m data_prep shard --out {dataset} ...` as before: it builds what is missing"
+        )
+    whole = [marker for marker in markers if marker is not None]
+    splits = {split: _merge(dataset, split, whole) for split in SPLITS}
+    if splits["train"]["sequences"] == 0:
+        raise InputError(
+            f"{dataset}: no sequence to train on: the genomes have no stretch of A, C, G, T that is long enough, or "
+            "all regions went to validation (--valid-fraction, --region-bases)"
+        )
+    if splits["valid"]["sequences"] == 0 and plan.parameters["valid_fraction"] > 0:
+        log(
+            f"{dataset}: no region fell to validation; a smaller --region-bases or a larger --valid-fraction gives some"
+        )
+    write_atomically(dataset / "train" / "contigs.tsv", (work(dataset) / "contigs.tsv").read_bytes())
+    files = ("tokenizer.json", "train/contigs.tsv", "train/shards.npy", "valid/shards.npy")
+    sums = {file: file_sha256(dataset / file) for file in files}
+    for file, expected in (
+        ("tokenizer.json", plan.parameters["tokenizer"]["sha256"]),
+        ("train/contigs.tsv", plan.contigs_sha256),
+    ):
+        if sums[file] != expected:
+            raise InputError(
+                f"{dataset / file}: was changed after the dataset was begun; remove {dataset} and shard again"
+            )
+    parameters = {key: value for key, value in plan.parameters.items() if key != "streams"}
+    streams = streams_of(plan.parameters["streams"], splits["train"]["sequences"])
+    manifest = {
+        **parameters,
+        "format_version": FORMAT_VERSION,
+        "order": {"streams": streams, "window_blocks": WINDOW_BLOCKS},
+        "splits": splits,
+        "species": _species_table(plan, whole, splits["train"]["tokens"]),
+        "files": sums,
+    }
+    write_atomically(dataset / "manifest.json", dump_json(manifest))
+    fsync_directory(dataset)
+
+
+def streams_of(chosen: int | None, sequences: int) -> int:
+    """Streams of the training order: as chosen, or a power of two that leaves each at least 2,048 sequences."""
+    if chosen is not None:
+        if chosen > sequences:
+            raise InputError(f"--streams {chosen}: more than the {sequences} training sequences")
+        return chosen
+    room = max(1, sequences // SEQUENCES_PER_STREAM)
+    return min(MAXIMUM_STREAMS, 1 << (room.bit_length() - 1))
+
+
+def _merge(dataset: Path, split: str, markers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Write the split's shards.npy; return its row of the manifest's table of splits."""
+    rows = [found[split] for found in map(shard_rows, markers) if split in found]
+    table = np.array(rows, dtype=SHARD_ROW)
+    write_atomically(dataset / split / "shards.npy", npy_bytes(table))
+    sums = {key: int(table[key].sum(dtype=np.uint64)) for key in ("blocks", "sequences", "tokens")}
+    return {"shards": len(table), **sums}
+
+
+def _species_table(plan: Plan, markers: Sequence[dict[str, Any]], train_tokens: int) -> list[dict[str, Any]]:
+    """A row a file: where its bases went and what it contributes."""
+    table = []
+    for number, row in enumerate(plan.species):
+        mine = [marker for marker in markers if marker["species"] == number]
+        tokens = {split: sum(marker["tokens"][split] for marker in mine) for split in SPLITS}
+        table.append(
+            {
+                **{key: row[key] for key in ("name", "category", "file", "file_bytes", "file_sha256", "contigs")},
+                "bases": {
+                    "in": sum(marker["bases"]["in"] for marker in mine),
+                    "kept": sum(marker["bases"]["kept"] for marker in mine),
+                    "dropped": {
+                        reason: sum(marker["bases"]["dropped"][reason] for marker in mine)
+                        for reason in ("not_acgt", "short_tail")
+                    },
+                },
+                "sequences": {split: sum(marker["sequences"][split] for marker in mine) for split in SPLITS},
+                "tokens": tokens,
+                "weight": tokens["train"] / train_tokens,
+            }
+        )
+    return table
+
+
+def summary(dataset: Dataset) -> dict[str, Any]:
+    """What `--json` tells about a finished dataset."""
+    species, splits = dataset.manifest["species"], dataset.manifest["splits"]
+    return {
+        "bases_in": sum(row["bases"]["in"] for row in species),
+        "bases_kept": sum(row["bases"]["kept"] for row in species),
+        "tokens": {split: splits[split]["tokens"] for split in SPLITS},
+        "sequences": {split: splits[split]["sequences"] for split in SPLITS},
+        "shards": {split: splits[split]["shards"] for split in SPLITS},
+        "species": len(species),
+        "streams": dataset.manifest["order"]["streams"],
+        "manifest_sha256": dataset.sha256,
+    }

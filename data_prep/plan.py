@@ -1,0 +1,231 @@
+"""The plan of a dataset: its parameters, its contigs, and its units of work, fixed before the first token is made.
+
+Every task of an array makes the same plan from the same genomes (the first to finish stores it), so that what a unit
+holds never depends on the number of tasks. Until `finalize` commits the manifest, a dataset's folder holds its
+working state:
+
+    .work/contigs.tsv          becomes train/contigs.tsv
+    .work/plan.json            written after contigs.tsv and tokenizer.json; from then on the dataset is begun
+    .work/unit-000012.json     the unit's shards are whole (see shard.py)
+
+A unit is a run of consecutive regions of one file with at least `unit_bases` bases (the last of a file has what is
+left).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.cli import InputError, dump_json, log, progress, write_atomically
+from data_prep.dataset import FORMAT_VERSION, SPLITS
+from data_prep.genomes import REGION_BASES, Genome, scan
+from data_prep.pack import MINIMUM_TOKENS, RUN_BASES, Codec
+
+UNIT_BASES = 16_000_000
+SEQUENCE_LENGTH = 128
+VALID_FRACTION = 0.02
+CONTIGS_HEADER = "contig\tspecies\tfile\tname\tlength\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses, apart from genomes and tokenizer."""
+
+    sequence_length: int = SEQUENCE_LENGTH
+    unit_bases: int = UNIT_BASES
+    region_bases: int = REGION_BASES
+    valid_fraction: float = VALID_FRACTION
+    seed: int = 0
+    streams: int | None = None  # of the training order; None: finalize derives it from the number of sequences
+
+    def check(self) -> None:
+        """Raise InputError naming the option that can't be."""
+        longest, shortest = (1 << 16) - 1, MINIMUM_TOKENS + 2
+        if not shortest <= self.sequence_length <= longest:
+            raise InputError(f"--sequence-length {self.sequence_length}: must be from {shortest} to {longest} tokens")
+        if not 0 <= self.valid_fraction < 1:
+            raise InputError(f"--valid-fraction {self.valid_fraction}: must be at least 0 and below 1")
+        for key in ("unit_bases", "region_bases", "streams"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise InputError(f"--{key.replace('_', '-')} {value}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Regions `first_region` to `first_region + regions - 1` of a file, numbered through all its records."""
+
+    number: int
+    species: int  # row of the species table
+    first_region: int
+    regions: int
+    bases: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `.work/plan.json` holds."""
+
+    parameters: dict[str, Any]  # everything but the genomes that the dataset's bytes depend on
+    # A row a file: name, category, file, file_bytes, file_sha256, contigs, first_contig, bases.
+    species: list[dict[str, Any]]
+    units: list[Unit]
+    contigs_sha256: str
+
+    def as_json(self) -> bytes:
+        """The plan as it is stored."""
+        return dump_json(asdict(self))
+
+
+def work(dataset: Path) -> Path:
+    """The folder of a dataset's working state."""
+    return dataset / ".work"
+
+
+def parameters_of(options: Options, codec: Codec) -> dict[str, Any]:
+    """What the manifest will say about how the dataset was made."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **asdict(options),
+        "minimum_tokens": MINIMUM_TOKENS,
+        "packing": "contiguous",
+        "run_bases": RUN_BASES,
+        "strands": "forward",
+        "tokenizer": {"sha256": codec.sha256, "vocab_size": codec.vocab_size, "kind": codec.kind},
+    }
+
+
+def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: Options) -> Plan:
+    """The dataset's plan: the stored one if it is of the same parameters and files, or a new one."""
+    if (work(dataset) / "plan.json").is_file():
+        plan = load_plan(dataset)
+        check_same(dataset, plan.parameters, plan.species, genomes, codec, options)
+        return plan
+    if dataset.exists() and (not dataset.is_dir() or (any(dataset.iterdir()) and not work(dataset).is_dir())):
+        raise InputError(f"{dataset}: exists and is not a dataset; choose another --out or empty it")
+    if len(genomes) > np.iinfo("<u2").max:
+        raise InputError(f"--genomes has {len(genomes)} FASTA files; a dataset holds at most {np.iinfo('<u2').max}")
+    log(f"reading {len(genomes)} FASTA files to plan the units")
+    species, units, contigs = list[dict[str, Any]](), list[Unit](), [CONTIGS_HEADER]
+    for row, genome in enumerate(progress(genomes, total=len(genomes), unit="files")):
+        found = scan(genome)
+        species.append(
+            {
+                "name": genome.name,
+                "category": genome.category,
+                "file": genome.file,
+                "file_bytes": genome.size,
+                "file_sha256": found.sha256,
+                "contigs": len(found.names),
+                "first_contig": len(contigs) - 1,
+                "bases": sum(found.lengths),
+            }
+        )
+        units += _units(row, found.lengths, options, len(units))
+        for name, length in zip(found.names, found.lengths, strict=True):
+            contigs.append(f"{len(contigs) - 1}\t{genome.name}\t{genome.file}\t{name}\t{length}\n")
+    table = "".join(contigs).encode()
+    plan = Plan(parameters_of(options, codec), species, units, hashlib.sha256(table).hexdigest())
+    write_atomically(work(dataset) / "contigs.tsv", table)
+    write_atomically(dataset / "tokenizer.json", codec.data)
+    write_atomically(work(dataset) / "plan.json", plan.as_json())
+    return plan
+
+
+def load_plan(dataset: Path) -> Plan:
+    """The stored plan."""
+    path = work(dataset) / "plan.json"
+    if not path.is_file():
+        raise InputError(f"{dataset}: `python -m data_prep shard --out {dataset}` has not begun a dataset here")
+    try:
+        stored = json.loads(path.read_bytes())
+        units = [Unit(**unit) for unit in stored["units"]]
+        return Plan(stored["parameters"], stored["species"], units, stored["contigs_sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a plan of this version; remove {dataset} and shard again") from None
+
+
+def check_same(
+    dataset: Path,
+    stored: dict[str, Any],
+    species: Sequence[dict[str, Any]],
+    genomes: Sequence[Genome],
+    codec: Codec,
+    options: Options,
+) -> None:
+    """Raise InputError naming what differs between a dataset already begun or finished and what is asked for.
+
+    Files are compared by name and size only, which costs nothing; their checksums are compared when they are read.
+    """
+    for key, value in parameters_of(options, codec).items():
+        if stored.get(key) != value:
+            raise InputError(f"{dataset}: was made with {key} {stored.get(key)}, not {value}; choose another --out")
+    was = {row["file"]: row["file_bytes"] for row in species}
+    now = {genome.file: genome.size for genome in genomes}
+    for file in sorted(was.keys() | now.keys()):
+        if was.get(file) != now.get(file):
+            change = "is new" if file not in was else "is missing" if file not in now else "has another size"
+            raise InputError(f"{dataset}: since it was begun, {file} of --genomes {change}; choose another --out")
+
+
+def _units(species: int, lengths: Sequence[int], options: Options, first_number: int) -> list[Unit]:
+    """Cut one file's regions into units. `lengths` [records] in bases."""
+    units, region, first, bases = list[Unit](), 0, 0, 0
+    for length in lengths:
+        for start in range(0, length, options.region_bases):
+            bases += min(options.region_bases, length - start)
+            region += 1
+            if bases >= options.unit_bases:
+                units.append(Unit(first_number + len(units), species, first, region - first, bases))
+                first, bases = region, 0
+    if bases:
+        units.append(Unit(first_number + len(units), species, first, region - first, bases))
+    return units
+
+
+def units_of_task(units: Sequence[Unit], num_tasks: int, task: int) -> list[Unit]:
+    """The run of neighbouring units of task `task`, of about 1 / `num_tasks` of the bases.
+
+    A unit belongs to the task in whose share its middle falls, so every unit has one task and a task may have none.
+    """
+    bases = np.array([unit.bases for unit in units], dtype=np.int64)
+    before = np.cumsum(bases) - bases
+    total = int(bases.sum())
+    return [
+        unit
+        for unit, start in zip(units, before.tolist(), strict=True)
+        if (2 * start + unit.bases) * num_tasks // (2 * total) == task
+    ]
+
+
+def split_of(parameters: dict[str, Any], species: str, contig: str, copy: int, region: int) -> str:
+    """`train` or `valid`, by a hash of what the region is, so that adding a species moves no region of another.
+
+    `copy` tells apart records of one name in a file.
+    """
+    key = json.dumps([parameters["seed"], species, contig, copy, region]).encode()
+    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    return SPLITS[1] if number < parameters["valid_fraction"] * 2**64 else SPLITS[0]
+
+
+class Contigs:
+    """Numbers and copies of the records of one file, counted while it is read."""
+
+    def __init__(self, first_contig: int) -> None:
+        self.first_contig = first_contig
+        self._record, self._copies = -1, Counter[str]()
+
+    def place(self, record: int, name: str) -> tuple[int, int]:
+        """Contig number, and how many earlier records with bases have this name. Records must come in order."""
+        if record != self._record:
+            self._record = record
+            self._copies[name] += 1
+        return self.first_contig + record, self._copies[name] - 1
