@@ -1,0 +1,210 @@
+"""The configuration of a pre-training run: one YAML file, `key.sub=value` overrides, and nothing else.
+
+Unknown keys are errors, with the nearest known key named. Every number that can change a later loss is here or in the
+dataset's manifest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep.cli import InputError
+from pretrain.model import ModelConfig
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    path: str  # a dataset directory
+    tokenizer: str | None = None  # a tokenizer.json that the dataset must have been made with; None: any
+    mask_probability: float = Field(0.15, gt=0, lt=1)  # share of content tokens that are predicted
+    replace_by_mask: float = Field(0.8, ge=0, le=1)  # of those: share that becomes [MASK]
+    replace_by_random: float = Field(0.1, ge=0, le=1)  # of those: share that becomes a random content token
+
+    @model_validator(mode="after")
+    def _shares(self) -> DataConfig:
+        if self.replace_by_mask + self.replace_by_random > 1:
+            raise ValueError("replace_by_mask + replace_by_random is over 1")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter, 2019) with the paper's values as defaults.
+
+    torch's AdamW decays weights by learning_rate * weight_decay a step. If the paper's 1e-5 was meant for a *decoupled*
+    AdamW, whose decay is not multiplied by the learning rate, the equal value here is 1e-5 / 5e-4 = 0.02.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(5e-4, gt=0)  # reached after the warm-up
+    warmup_steps: int = Field(30_000, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(1e-5, ge=0)
+    gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0: none (the paper names none)
+
+
+class TrainConfig(Section):
+    max_steps: int = Field(500_000, ge=1)  # the schedule ends here
+    stop_at_step: int | None = Field(None, ge=0)  # save and leave here; the schedule still ends at max_steps
+    global_batch_size: int = Field(4096, ge=1)  # sequences a step over all ranks
+    micro_batch_size: int = Field(64, ge=1)  # sequences a rank takes through the model at once
+    seed: int = 0
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = Field(10, ge=1)  # steps
+
+
+class ValidationConfig(Section):
+    every: int = Field(1000, ge=0)  # steps; 0: never
+    sequences: int = Field(4096, ge=1)  # how many, spread evenly over the validation split
+
+
+class CheckpointConfig(Section):
+    save_every: int = Field(1000, ge=1)  # steps; the last step is always saved
+    keep_last: int = Field(3, ge=1)
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+
+class Config(Section):
+    run_dir: str
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _stage(self) -> Config:
+        if self.train.dtype != "fp32" and self.deepspeed.zero_stage == 0:
+            raise ValueError(
+                "deepspeed.zero_stage 0 needs train.dtype=fp32: in bf16 it has no fp32 master weights; use stage 1"
+            )
+        return self
+
+
+# On resume these may differ from the run's config.yaml; any other difference would change what the run means.
+MAY_CHANGE = frozenset(
+    {
+        "run_dir",
+        "data.path",  # the manifest's sum in the checkpoint says whether it is the same dataset
+        "data.tokenizer",
+        "train.stop_at_step",
+        "train.micro_batch_size",
+        "train.log_every",
+        "validation.every",
+        "validation.sequences",
+        "checkpoint.save_every",
+        "checkpoint.keep_last",
+        "deepspeed.zero_stage",
+    }
+)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or the preset of that name, and apply overrides such as `train.max_steps=100`.
+
+    Raises InputError naming file and key.
+    """
+    file = Path(path)
+    if not file.is_file() and (PRESETS / f"{path}.yaml").is_file():
+        file = PRESETS / f"{path}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise InputError(f"{path}: no such file, and not one of the presets {known}")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: expected a mapping of sections such as `train:`")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(file))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Check a nested mapping; InputError names `source`, the dotted key and what is wrong with it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r}: an override is written key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{override!r}: the value is not YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"{override!r}: {parent} is not a section")
+        node = child
+    node[last] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 5e-4 as a string (it wants 5.0e-4); people write 5e-4."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
+    if item["type"] == "missing":
+        return f"{key} is missing; give it in the file or as {key}=..."
+    return f"{key}: {item['msg']}" if key else str(item["msg"])
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {dotted key: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def refuse_changes(config: Config, saved: Config, source: Path) -> None:
+    """Raise InputError when a resumed run's configuration differs in a key that would change what the run means."""
+    new, old = flatten(config.model_dump(mode="json")), flatten(saved.model_dump(mode="json"))
+    changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key) and key not in MAY_CHANGE)
+    if changed:
+        lines = ", ".join(f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed)
+        raise InputError(f"{source}: this run was started with another configuration: {lines}; use another run_dir")

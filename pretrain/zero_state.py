@@ -1,0 +1,113 @@
+"""What a rank owns of the fp32 weights and Adam moments under each ZeRO stage, as fragments of named parameters.
+
+DeepSpeed keeps fp32 state in flat buffers: stage 0 has none (each parameter is its own, on every rank), stages 1 and 2 one
+buffer a parameter group, of which each rank holds a slice that may begin or end inside a parameter; stage 3 cuts every
+parameter into equal parts, the last one padded. This module is the only one that knows it (deepspeed 0.19:
+`utils/tensor_fragment.py`, `runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import Checkpoint, Fragment
+
+
+class _Part(NamedTuple):
+    """Elements [start, start + numel) of parameter `name` lie at `offset` of the optimizer's tensor `flat`."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def _parts(engine: Any) -> Iterator[_Part]:
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        if stage == 0:
+            yield _Part(name, 0, parameter.numel(), parameter, 0)
+        elif stage in (1, 2):
+            mapping = parameter._hp_mapping  # None where another rank owns the whole parameter
+            if mapping is not None:
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                yield _Part(name, here.start, here.numel, flat, there.start)
+        else:
+            group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+            start = zero._get_param_partition_rank(parameter) * padded
+            numel = min(padded, parameter.ds_numel - start)
+            if numel > 0:
+                yield _Part(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+
+
+def _adam_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """The torch AdamW state of one of its tensors, created here if no step has been taken yet."""
+    adam = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    state: dict[str, Tensor] = adam.state[flat]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+    return state
+
+
+def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter; tied ones stand once."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def owned_fragments(engine: Any, rank: int, ranks: int) -> Iterator[Fragment]:
+    """Views of what this rank saves. At stage 0 every rank holds everything and they take turns."""
+    for number, part in enumerate(_parts(engine)):
+        if engine.zero_optimization_stage() == 0 and number % ranks != rank:
+            continue
+        state = _adam_state(engine, part.flat)
+        moments = {kind: part.of(state[kind]) for kind in ("exp_avg", "exp_avg_sq")}
+        yield Fragment(part.name, part.start, {"weight": part.of(part.flat), **moments})
+
+
+def load(engine: Any, checkpoint: Checkpoint) -> None:
+    """Read this rank's fragments from a checkpoint of any layout, and refresh the weights that the model computes with.
+
+    An imported checkpoint has no moments; they start at zero. Raises InputError when a parameter is missing.
+    """
+    has_moments, step = checkpoint.has_optimizer_state, checkpoint.state.get("optimizer_step", 0)
+    for part in _parts(engine):
+        part.of(part.flat).copy_(checkpoint.read(part.name, "weight", part.start, part.numel))
+        state = _adam_state(engine, part.flat)
+        state["step"].fill_(step)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if has_moments:
+                part.of(state[kind]).copy_(checkpoint.read(part.name, kind, part.start, part.numel))
+            else:
+                part.of(state[kind]).zero_()
+    _refresh_model_weights(engine)
+
+
+def reset_optimizer(engine: Any) -> None:
+    """A fresh optimizer state. Stage 3 takes a step with zero gradients when it starts, which counts as Adam's first."""
+    for part in _parts(engine):
+        for tensor in _adam_state(engine, part.flat).values():
+            tensor.zero_()
+
+
+def _refresh_model_weights(engine: Any) -> None:
+    """Copy the fp32 buffers into the tensors that forward passes read, as DeepSpeed does at the end of a step."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        zero.update_lp_params()
+    elif stage == 3:
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(group)
+        if zero.persistent_parameters:  # small ones stay gathered: give back the stale copy, gather the new one
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
