@@ -1,0 +1,120 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.cli import InputError
+from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoint, Fragment
+
+SHAPES = {"a": (4, 3), "b": (5,)}
+VALUES = {name: torch.arange(float(torch.Size(shape).numel())) + 0.5 for name, shape in SHAPES.items()}
+
+
+def fragment(name: str, start: int, end: int) -> Fragment:
+    kinds = {"weight": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0}
+    return Fragment(name, start, {kind: VALUES[name][start:end] * factor for kind, factor in kinds.items()})
+
+
+def save(run_dir: Path, step: int = 1, fragments: list[Fragment] | None = None, **options: Any) -> Path:
+    if fragments is None:
+        fragments = [fragment("a", 0, 12), fragment("b", 0, 5)]
+    settings_ = {"life": "x", "shapes": SHAPES, "model": {"m": 1}, "state": {"optimizer_step": step}} | options
+    return checkpoint.save(run_dir, step=step, fragments=fragments, **settings_)
+
+
+@settings(max_examples=20)
+@given(st.sets(st.integers(1, 11)), st.integers(0, 11), st.integers(1, 12))
+def test_any_stretch_is_read_from_any_fragments(
+    tmp_path_factory: pytest.TempPathFactory, cuts: set[int], start: int, numel: int
+) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    edges = [0, *sorted(cuts), 12]
+    pieces = [fragment("a", a, b) for a, b in zip(edges, edges[1:], strict=False)] + [fragment("b", 0, 5)]
+    # Rank 1 has written before rank 0 commits, as the barrier makes sure in a run.
+    save(run_dir, fragments=pieces[1::2], rank=1, world_size=2)
+    saved = Checkpoint(save(run_dir, fragments=pieces[0::2], rank=0, world_size=2))
+    numel = min(numel, 12 - start)
+    assert torch.equal(saved.read("a", "exp_avg", start, numel), 2 * VALUES["a"][start : start + numel])
+    assert torch.equal(saved.weights()["a"], VALUES["a"].view(4, 3))
+    assert saved.has_optimizer_state and saved.manifest["world_size"] == 2
+
+
+@pytest.mark.parametrize("pieces", [[(0, 5)], [(0, 5), (6, 12)], [(0, 7), (5, 12)], []])
+def test_fragments_that_do_not_cover_a_parameter_are_never_committed(
+    tmp_path: Path, pieces: list[tuple[int, int]]
+) -> None:
+    with pytest.raises(ValueError, match="a: fragments"):
+        save(tmp_path, fragments=[fragment("a", *piece) for piece in pieces] + [fragment("b", 0, 5)])
+    assert checkpoint.steps(tmp_path) == []
+
+
+def damage_tensors(path: Path) -> None:
+    file = next(path.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def truncate_tensors(path: Path) -> None:
+    file = next(path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def remove_tensors(path: Path) -> None:
+    next(path.glob("*.safetensors")).unlink()
+
+
+def damage_manifest(path: Path) -> None:
+    file = path / "MANIFEST.json"
+    file.write_text(file.read_text().replace('"optimizer_step": 2', '"optimizer_step": 3'))
+
+
+def truncate_manifest(path: Path) -> None:
+    file = path / "MANIFEST.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_tensors, truncate_tensors, remove_tensors, damage_manifest, truncate_manifest]
+)
+def test_a_damaged_step_is_set_aside_and_the_one_before_it_is_used(
+    tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    leftover = tmp_path / "checkpoints" / "step-000000003.tmp-dead"
+    leftover.mkdir()
+    found = checkpoint.recover(tmp_path, "life")
+    assert found is not None and found.step == 1
+    assert (tmp_path / "checkpoints" / "step-000000002.damaged-life").is_dir()
+    assert not leftover.exists()
+    assert "step-000000002" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_retention_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    checkpoint.retain(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-000000004\n"
+
+
+def test_a_manifest_can_not_point_outside_its_folder(tmp_path: Path) -> None:
+    saved = Checkpoint(save(tmp_path))
+    saved.manifest["files"]["../../secret"] = {"sha256": "", "bytes": 0}
+    with pytest.raises(InputError, match="relative"):
+        saved.verify()
+
+
+def test_a_parameter_of_another_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no parameter c"):
+        Checkpoint(save(tmp_path)).read("c", "weight", 0, 1)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert checkpoint.recover(tmp_path, "life") is None

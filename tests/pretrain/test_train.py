@@ -1,0 +1,187 @@
+"""Whole runs in processes of their own: what a kill, other ranks and other ZeRO stages must not change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pretrain import checkpoint
+from tests.commands import ENVIRONMENT, ROOT, exit_status, losses, metrics, pretrain, python, result
+
+WORKERS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_config: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on two ranks at ZeRO 1; saved at 3, 6 and 8."""
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    done = pretrain("train", *tiny_config, f"run_dir={run_dir}", "--json", ranks=2)
+    assert result(done)["step"] == 8 and result(done)["ranks"] == 2
+    return run_dir
+
+
+def copy_at(step: int, run_dir: Path, target: Path) -> Path:
+    """The run as it was right after `step` was saved."""
+    shutil.copytree(run_dir, target)
+    for saved in checkpoint.steps(target):
+        if saved > step:
+            shutil.rmtree(checkpoint.step_path(target, saved))
+    return target
+
+
+def state_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    saved = checkpoint.Checkpoint(checkpoint.step_path(run_dir, step))
+    return {
+        f"{kind} {name}": saved.read(name, kind, 0, torch.Size(parameter["shape"]).numel())
+        for name, parameter in saved.manifest["parameters"].items()
+        for kind in checkpoint.KINDS
+    }
+
+
+def test_a_run_learns_validates_and_leaves_its_record(uninterrupted: Path) -> None:
+    records = metrics(uninterrupted)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert [record["step"] for record in records if "validation_loss" in record] == [4, 8]
+    assert all(record["grad_norm"] > 0 for record in records)
+    assert exit_status(uninterrupted) == 0
+    assert checkpoint.steps(uninterrupted) == [6, 8]  # keep_last is 2
+    assert any((uninterrupted / "tensorboard").iterdir())
+    assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["train"]["max_steps"] == 8
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("where", "rank", "step", "resumed"), [("step", 1, 5, 3), ("files", 1, 6, 3), ("commit", 0, 6, 3)])
+def test_a_kill_changes_no_later_loss_by_one_bit(
+    tiny_config: list[str], uninterrupted: Path, tmp_path: Path, where: str, rank: int, step: int, resumed: int
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["train", *tiny_config, f"run_dir={run_dir}"]
+    killed = python(WORKERS / "dying_worker.py", where, str(rank), str(step), *arguments, ranks=2)
+    assert killed.returncode == 1 and "SIGKILL" in killed.stderr, killed.stderr
+    assert checkpoint.steps(run_dir) == [resumed]
+    again = pretrain(*arguments, ranks=2)
+    assert f"resumed from {checkpoint.step_path(run_dir, resumed)}" in again.stderr
+    for key in ("step", "loss", "grad_norm", "masked_accuracy"):
+        assert [r[key] for r in metrics(run_dir)] == [r[key] for r in metrics(uninterrupted)]
+    assert [r.get("validation_loss") for r in metrics(run_dir)] == [r.get("validation_loss") for r in metrics(uninterrupted)]
+    one, other = state_of(run_dir, 8), state_of(uninterrupted, 8)
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+    assert not list((run_dir / "checkpoints").glob("*.tmp-*"))
+
+
+def test_other_ranks_and_stages_go_on_with_the_same_batches(
+    tiny_config: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run_dir = copy_at(6, uninterrupted, tmp_path / "run")
+    arguments = ["train", *tiny_config, f"run_dir={run_dir}"]
+    pretrain(*arguments, "train.stop_at_step=7", "deepspeed.zero_stage=3", ranks=3)
+    # What stage 3 read and wrote again must be what stage 1 had written, moved by one step.
+    pretrain(*arguments, "deepspeed.zero_stage=2", ranks=1)
+    for ours, theirs in zip(metrics(run_dir), metrics(uninterrupted), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_another_layout_reads_and_writes_back_the_same_bits(
+    tiny_config: list[str], uninterrupted: Path, tmp_path: Path, stage: int
+) -> None:
+    arguments = [*tiny_config, f"run_dir={uninterrupted}", f"deepspeed.zero_stage={stage}"]
+    done = python(WORKERS / "resave_worker.py", tmp_path, *arguments, ranks=3)
+    assert done.returncode == 0, done.stderr
+    before, after = state_of(uninterrupted, 8), state_of(tmp_path, 8)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bf16_resumes_bit_for_bit_and_keeps_fp32_masters(tiny_config: list[str], tmp_path: Path) -> None:
+    common = ["train", *tiny_config, "train.dtype=bf16", "deepspeed.zero_stage=2", "train.max_steps=4"]
+    pretrain(*common, f"run_dir={tmp_path / 'whole'}")
+    pretrain(*common, f"run_dir={tmp_path / 'parts'}", "train.stop_at_step=2")
+    assert exit_status(tmp_path / "parts") == 0 and checkpoint.steps(tmp_path / "parts") == [2]
+    pretrain(*common, f"run_dir={tmp_path / 'parts'}")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    weights = state_of(tmp_path / "whole", 4)["weight bert.embeddings.word_embeddings.weight"]
+    assert weights.dtype == torch.float32 and not torch.equal(weights, weights.bfloat16().float())
+
+
+def test_gradients_of_a_global_batch_do_not_depend_on_the_ranks(tiny_config: list[str], tmp_path: Path) -> None:
+    gradients = []
+    for ranks in (1, 2, 3):
+        out = tmp_path / f"{ranks}.pt"
+        # Micro batches of 2: on three ranks one of them ends with an empty one.
+        arguments = [*tiny_config, "train.micro_batch_size=2", f"run_dir={tmp_path / f'run{ranks}'}"]
+        done = python(WORKERS / "gradient_worker.py", out, *arguments, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        gradients.append(torch.load(out))
+    for other in gradients[1:]:
+        for name, expected in gradients[0].items():
+            difference = (other[name] - expected).abs().max() / expected.abs().max()
+            assert difference <= 1e-5, f"{name}: {difference:.2e}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_saves_the_step_and_leaves_with_75(
+    tiny_config: list[str], uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["-m", "pretrain", "train", *tiny_config, f"run_dir={run_dir}", "checkpoint.save_every=100000"]
+    endless = subprocess.Popen(
+        [sys.executable, *arguments, "train.max_steps=100000"], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").is_file() or len(metrics(run_dir)) < 2:
+            assert endless.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(endless.pid, number)
+        _, errors = endless.communicate(timeout=120)
+    finally:
+        endless.kill()
+    assert endless.returncode == 75, errors
+    left = json.loads((run_dir / "exit.json").read_text())
+    assert left["status"] == 75 and left["checkpoint_step"] == metrics(run_dir)[-1]["step"]
+    assert number.name in left["reason"]
+
+
+def test_bad_input_ends_with_2_and_one_line(tiny_config: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+    for overrides, words in [
+        (["train.max_step=3"], "did you mean train.max_steps?"),
+        ([f"data.path={tmp_path}"], f"{tmp_path / 'manifest.json'}: not found"),
+        (["model.vocab_size=4096"], "set model.vocab_size=512"),
+        ([f"run_dir={uninterrupted}", "train.seed=9"], "train.seed is 9, was 0"),
+    ]:
+        done = pretrain("train", *tiny_config, f"run_dir={tmp_path / 'run'}", *overrides, status=2)
+        assert words in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_dataset_is_refused_on_resume(
+    tiny_config: list[str], uninterrupted: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"seed": 99}))
+    run_dir = copy_at(6, uninterrupted, tmp_path / "run")
+    done = pretrain("train", *tiny_config, f"run_dir={run_dir}", f"data.path={other}", status=2)
+    assert "manifest_sha256" in done.stderr
+    assert exit_status(run_dir) == 2
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_config: list[str], uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = pretrain("train", *tiny_config, f"run_dir={uninterrupted}", "--json")
+    assert result(done)["step"] == 8
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before and checkpoint.steps(uninterrupted) == [6, 8]
