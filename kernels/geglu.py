@@ -9,9 +9,7 @@ from torch.nn import functional as F
 from kernels.random import dropout
 
 
-def geglu(
-    x_t2f: Tensor, *, dropout_p: float = 0.0, dropout_keys_t: Tensor | None = None, site: int = 0
-) -> Tensor:
+def geglu(x_t2f: Tensor, *, dropout_p: float = 0.0, dropout_keys_t: Tensor | None = None, site: int = 0) -> Tensor:
     """Dropout(gelu(gate) * up), gelu exact (erf): Shazeer, "GLU variants improve transformer", 2020, GEGLU.
 
     Args:

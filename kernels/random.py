@@ -6,8 +6,8 @@ Nothing is stored and nothing advances, so a run that is resumed, or cut over ot
 
 `fork` is output n of SplitMix64 seeded with the key (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014, with the constants of Vigna's splitmix64.c): two 64-bit multiplications for four dropout
-decisions. Philox4x32-10 costs a CPU without a 32-bit high multiply about 20 times as much and made a third of a small
-model's step; `python -m pretrain bench` prints what this generator costs in a step.
+decisions. Philox4x32-10, in the same tensor operations, costs a CPU about five times as much (`python -m kernels bench`);
+`python -m pretrain bench` prints the share of this generator in a step.
 
 All functions take and return int64, which wraps where the definition says uint64; they accept torch tensors and numpy
 arrays alike.
@@ -105,4 +105,4 @@ def dropout(x_td: Tensor, p: float, keys_t: Tensor | None, site: int) -> Tensor:
     if p == 0.0 or keys_t is None:
         return x_td
     scale = 65536 / (65536 - drop_threshold(p))
-    return x_td * keep_mask(keys_t, site, x_td.shape[-1], p) * scale
+    return x_td * keep_mask(keys_t, site, x_td.shape[-1], p).to(x_td.dtype).mul_(scale)

@@ -85,6 +85,7 @@ def _write_rank(directory: Path, rank: int, world_size: int, fragments: Iterable
         for kind, tensor in fragment.tensors.items():
             tensors[_key(kind, fragment.start, fragment.name)] = tensor.detach().cpu().contiguous()
     save_file(tensors, path)
+    path.chmod(0o644)  # safetensors makes 0600; other users of a cluster read our files
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
     entry = {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size, "fragments": listing}
@@ -101,9 +102,7 @@ def _commit(
     world_size: int,
 ) -> None:
     files: dict[str, dict[str, Any]] = {}
-    parameters: dict[str, dict[str, Any]] = {
-        name: {"shape": list(shape), "fragments": []} for name, shape in shapes.items()
-    }
+    parameters: dict[str, dict[str, Any]] = {name: {"shape": list(shape), "fragments": []} for name, shape in shapes.items()}
     for listing_path in sorted(temporary.glob("rank-*.json")):
         entry = json.loads(listing_path.read_bytes())
         files[entry["file"]] = {"sha256": entry["sha256"], "bytes": entry["bytes"]}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,9 +62,10 @@ def start() -> World:
     """
     if "RANK" not in os.environ and _is_srun_task():
         _adopt_srun()
-    elif "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
+    rendezvous: dict[str, Any] = {}
+    if "RANK" not in os.environ:  # alone: no port to open, nobody to meet
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -75,7 +76,8 @@ def start() -> World:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **rendezvous)
     return World(rank, size, device)
 
 
@@ -88,12 +90,6 @@ def _adopt_srun() -> None:
     slurm.setdefault("MASTER_PORT", str(20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000))
     slurm["RANK"], slurm["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
     slurm["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class StopSignal:

@@ -59,9 +59,7 @@ class SplitReader:
         return self._block(place.row, block).sequence(place.sequence - first).astype(np.int64)
 
 
-def pack(
-    reader: SplitReader, rows: Sequence[tuple[int, Place]], masking: Masking, dropout_key: int | None
-) -> MaskedBatch:
+def pack(reader: SplitReader, rows: Sequence[tuple[int, Place]], masking: Masking, dropout_key: int | None) -> MaskedBatch:
     """Read, mask and lay end to end the sequences `rows`, pairs of (position, place).
 
     `dropout_key` None: no dropout keys (evaluation). Token t of the sequence at position p has dropout key

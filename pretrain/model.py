@@ -160,9 +160,7 @@ class FeedForward(nn.Module):
         self.site, self.dropout_p = first_site + SITE_FEED_FORWARD, config.hidden_dropout_prob
 
     def forward(self, x_td: Tensor, keys_t: Tensor | None) -> Tensor:
-        gated_tf = kernels.geglu(
-            self.gated_layers(x_td), dropout_p=self.dropout_p, dropout_keys_t=keys_t, site=self.site
-        )
+        gated_tf = kernels.geglu(self.gated_layers(x_td), dropout_p=self.dropout_p, dropout_keys_t=keys_t, site=self.site)
         return self.layernorm(self.wo(gated_tf), x_td, None)
 
 

@@ -88,6 +88,7 @@ class _Run:
         step = self.world.share(-1 if found is None else found.step)
         self.engine = build_engine(config, self.world)
         self.step = max(step, 0)
+        self.origin: dict[str, Any] = {}  # of an imported model; passed on from checkpoint to checkpoint
         if step < 0:
             zero_state.reset_optimizer(self.engine)
         else:
@@ -101,6 +102,7 @@ class _Run:
             self.loader.check_state(saved.state["loader"])
         if saved.manifest["model"] != self.config.model.model_dump():
             raise InputError(f"{saved.path}: holds a model of another size or dropout than `model` in the configuration")
+        self.origin = {key: saved.state[key] for key in ("imported",) if key in saved.state}
         zero_state.load(self.engine, saved)
         if self.world.is_first:
             log(f"resumed from {saved.path} (saved by {saved.manifest['world_size']} ranks, here {self.world.size})")
@@ -178,7 +180,9 @@ class _Run:
             masked += len(batch.labels_m)
         self.engine.train()
         loss, correct, count = self.world.sum(float(loss_sum), int(correct_sum), masked)
-        return {"validation_loss": loss / max(count, 1.0), "validation_masked_accuracy": correct / max(count, 1.0)}
+        if count == 0:  # an empty validation split has no loss, not one of 0
+            return {}
+        return {"validation_loss": loss / count, "validation_masked_accuracy": correct / count}
 
     def _save(self) -> None:
         batch_size = self.config.train.global_batch_size
@@ -195,6 +199,7 @@ class _Run:
                 "zero_stage": self.config.deepspeed.zero_stage,
                 "dtype": self.config.train.dtype,
                 "versions": {"torch": torch.__version__},
+                **self.origin,
             },
             rank=self.world.rank,
             world_size=self.world.size,

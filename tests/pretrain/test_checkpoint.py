@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_any_stretch_is_read_from_any_fragments(
 ) -> None:
     run_dir = tmp_path_factory.mktemp("run")
     edges = [0, *sorted(cuts), 12]
-    pieces = [fragment("a", a, b) for a, b in zip(edges, edges[1:], strict=False)] + [fragment("b", 0, 5)]
+    pieces = [fragment("a", a, b) for a, b in itertools.pairwise(edges)] + [fragment("b", 0, 5)]
     # Rank 1 has written before rank 0 commits, as the barrier makes sure in a run.
     save(run_dir, fragments=pieces[1::2], rank=1, world_size=2)
     saved = Checkpoint(save(run_dir, fragments=pieces[0::2], rank=0, world_size=2))
@@ -44,9 +45,7 @@ def test_any_stretch_is_read_from_any_fragments(
 
 
 @pytest.mark.parametrize("pieces", [[(0, 5)], [(0, 5), (6, 12)], [(0, 7), (5, 12)], []])
-def test_fragments_that_do_not_cover_a_parameter_are_never_committed(
-    tmp_path: Path, pieces: list[tuple[int, int]]
-) -> None:
+def test_fragments_that_do_not_cover_a_parameter_are_never_committed(tmp_path: Path, pieces: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="a: fragments"):
         save(tmp_path, fragments=[fragment("a", *piece) for piece in pieces] + [fragment("b", 0, 5)])
     assert checkpoint.steps(tmp_path) == []
@@ -78,9 +77,7 @@ def truncate_manifest(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_tensors, truncate_tensors, remove_tensors, damage_manifest, truncate_manifest]
-)
+@pytest.mark.parametrize("damage", [damage_tensors, truncate_tensors, remove_tensors, damage_manifest, truncate_manifest])
 def test_a_damaged_step_is_set_aside_and_the_one_before_it_is_used(
     tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_wrong_key_or_value_is_named(override: str, words: list[str]) -> None:
 
 
 def test_bf16_at_stage_0_is_refused() -> None:
-    with pytest.raises(InputError, match="zero_stage 0 needs train.dtype=fp32"):
+    with pytest.raises(InputError, match=r"zero_stage 0 needs train.dtype=fp32"):
         load_config("tiny", ["train.dtype=bf16", "deepspeed.zero_stage=0"])
 
 

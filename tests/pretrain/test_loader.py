@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def sequences(batches: list[MaskedBatch]) -> list[tuple[bytes, ...]]:
     for batch in batches:
         starts = batch.packed.cu_seqlens.tolist()
         assert batch.packed.dropout_keys_t is not None
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             inside = (batch.index_m >= start) & (batch.index_m < end)
             parts = (
                 batch.packed.ids_t[start:end],
@@ -35,13 +36,11 @@ def sequences(batches: list[MaskedBatch]) -> list[tuple[bytes, ...]]:
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 3), (2, 4), (3, 1), (5, 2), (9, 64)])
-def test_the_global_batch_is_the_same_for_any_ranks_and_micro_batch(
-    tiny_config: list[str], ranks: int, micro: int
-) -> None:
+def test_the_global_batch_is_the_same_for_any_ranks_and_micro_batch(tiny_config: list[str], ranks: int, micro: int) -> None:
     alone = sequences(loader(tiny_config).step(22))
     overrides = f"train.micro_batch_size={micro}"
     each = [loader(tiny_config, rank, ranks, overrides).step(22) for rank in range(ranks)]
-    assert sum((sequences(batches) for batches in each), []) == alone
+    assert list(itertools.chain.from_iterable(sequences(batches) for batches in each)) == alone
     assert len({len(batches) for batches in each}) == 1  # collectives: as many micro batches on every rank
 
 

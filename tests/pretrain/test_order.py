@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -48,14 +49,14 @@ def test_epochs_and_seeds_differ_and_neighbours_are_spread() -> None:
     other = [Order(sizes, 4, 2, 1).place(p) for p in range(order.epoch_length)]
     assert sorted(first) == sorted(second) == sorted(other)  # 1000 divides by 4: nothing is left out
     assert first != second and first != other
-    in_genome_order = sum(b == (a.row, a.sequence + 1) for a, b in zip(first, first[1:], strict=False))
+    in_genome_order = sum(b == (a.row, a.sequence + 1) for a, b in itertools.pairwise(first))
     assert in_genome_order < 0.05 * len(first)
 
 
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 20))
 def test_ranks_share_a_batch_without_gap_or_overlap(batch: int, ranks: int, micro: int) -> None:
     rows = [list(rank_rows(batch, rank, ranks)) for rank in range(ranks)]
-    assert sum(rows, []) == list(range(batch))
+    assert list(itertools.chain.from_iterable(rows)) == list(range(batch))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
     assert micro_batches(batch, ranks, micro) == -(-max(map(len, rows)) // micro)
 

@@ -1,0 +1,73 @@
+"""`python -m pretrain <verb>`: train, export, import, bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep.cli import add_verb, main
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.config import load_config
+    from pretrain.distributed import environment_rank
+    from pretrain.train import train
+
+    args.json = args.json and environment_rank() == 0  # one result, however many ranks
+    return train(load_config(args.config, args.overrides))
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.hf import export_run
+
+    return export_run(args.run_dir, args.out, args.step)
+
+
+def _import(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.hf import import_directory
+
+    return import_directory(args.hf_dir, args.out)
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.bench import run
+
+    return run(args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pretrain", description="Masked-language-model pre-training.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = add_verb(
+        verbs,
+        "train",
+        _train,
+        "Train, or go on with the run in run_dir. Started alone, by torchrun, by deepspeed or by srun. "
+        "Exit status: 0 done, 2 bad input, 75 stopped on request (run again), 1 failed; also in RUN_DIR/exit.json.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset such as tiny")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+
+    export = add_verb(verbs, "export", _export, "Write a run's weights as a self-contained Hugging Face directory.")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("--out", type=Path, required=True, metavar="HF_DIR")
+    export.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest that verifies)")
+
+    import_ = add_verb(
+        verbs, "import", _import, "Make a run directory from a Hugging Face directory; `train` goes on from its weights."
+    )
+    import_.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="exported, or the published DNABERT-2-117M files")
+    import_.add_argument("--out", type=Path, required=True, metavar="RUN_DIR")
+
+    bench = add_verb(verbs, "bench", _bench, "Training speed beside Hugging Face's BERT, in one run.")
+    from pretrain.bench import add_arguments
+
+    add_arguments(bench)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(build_parser()))

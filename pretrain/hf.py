@@ -1,0 +1,198 @@
+"""To and from Hugging Face directories: `python -m pretrain export` and `import`.
+
+An exported directory is whole in itself: it carries the modelling code that transformers runs (`hf_modeling.py`), and
+its weights have the 142 names of the published checkpoint, so the published code loads them too. Names are not mapped
+in either direction: they are our state dict's own. A directory is written under another name, fsynced and renamed, so
+that a half of one is never taken for whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_prep.cli import InputError, dump_json, fsync_directory
+from data_prep.pack import SPECIALS
+from pretrain import checkpoint
+from pretrain.model import ModelConfig
+from pretrain.pretrained import EMBEDDINGS, TIED, Pretrained, read_huggingface, read_run
+
+MODELING = "modeling_dnabert2"
+AUTO_MAP = {
+    "AutoConfig": f"{MODELING}.DNABERT2Config",
+    "AutoModel": f"{MODELING}.DNABERT2Model",
+    "AutoModelForMaskedLM": f"{MODELING}.DNABERT2ForMaskedLM",
+    "AutoModelForSequenceClassification": f"{MODELING}.DNABERT2ForSequenceClassification",
+}
+
+
+def export_run(run_dir: Path, out: Path, step: int | None = None) -> dict[str, Any]:
+    """Write the weights of a run's newest whole checkpoint, or of `step`, as the Hugging Face directory `out`.
+
+    `out` gets config.json, model.safetensors (fp32), tokenizer.json, tokenizer_config.json, the modelling code and a
+    model card. Equal weights give equal bytes. Raises InputError when the run has no such step or `out` is in use.
+    """
+    model = read_run(Path(run_dir), step)
+    out = Path(out)
+    with _whole_directory(out) as partial:
+        (partial / "config.json").write_bytes(dump_json(huggingface_config(model.config)))
+        save_file(published_state_dict(model.weights), partial / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(model.tokenizer, partial / "tokenizer.json")
+        (partial / "tokenizer_config.json").write_bytes(dump_json(_tokenizer_config()))
+        shutil.copyfile(Path(__file__).with_name("hf_modeling.py"), partial / f"{MODELING}.py")
+        (partial / "README.md").write_text(_model_card(model))
+    return {
+        "out": str(out),
+        "step": model.source["step"],
+        "parameters": sum(tensor.numel() for tensor in model.weights.values()),
+        "files": sorted(path.name for path in out.iterdir()),
+    }
+
+
+def import_directory(hf_dir: Path, run_dir: Path) -> dict[str, Any]:
+    """Make a new run directory whose step 0 has the weights of a Hugging Face directory, and no optimizer state.
+
+    Reads exported directories and the published files, model.safetensors or pytorch_model.bin, and runs no code found
+    there. Raises InputError naming the file and key that is missing, too much or wrong, or when `run_dir` is in use.
+    """
+    hf_dir, run_dir = Path(hf_dir), Path(run_dir)
+    if not hf_dir.is_dir():
+        raise InputError(f"{hf_dir}: not a directory")
+    if not (hf_dir / "config.json").is_file():
+        raise InputError(f"{hf_dir / 'config.json'}: not found; expected a Hugging Face directory")
+    model = read_huggingface(hf_dir)
+    with _whole_directory(run_dir) as partial:
+        shutil.copyfile(model.tokenizer, partial / "tokenizer.json")
+        checkpoint.save(
+            partial,
+            step=0,
+            life="import",
+            fragments=[checkpoint.Fragment(name, 0, {"weight": t.flatten()}) for name, t in model.weights.items()],
+            shapes={name: tuple(tensor.shape) for name, tensor in model.weights.items()},
+            model=model.config.model_dump(),
+            state={"imported": model.source},
+        )
+    return {
+        "run_dir": str(run_dir),
+        "step": 0,
+        "parameters": sum(tensor.numel() for tensor in model.weights.values()),
+        "file": model.source["file"],
+        "dtype": model.source["dtype"],
+        "dropped": model.source["dropped"],
+    }
+
+
+def published_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of the published file: ours, and a copy of the tied matrix (safetensors stores no tensor twice)."""
+    return weights | {TIED: weights[EMBEDDINGS].clone()}
+
+
+def huggingface_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json: the keys of the published file, with our modelling code in `auto_map`."""
+    return config.model_dump() | {
+        "architectures": ["DNABERT2ForMaskedLM"],
+        "auto_map": AUTO_MAP,
+        "model_type": "dnabert2",
+        "alibi_starting_size": 512,  # both for the published code: what it allocates at first
+        "max_position_embeddings": 512,
+        "classifier_dropout": None,
+        "gradient_checkpointing": False,
+        "hidden_act": "gelu",
+        "pad_token_id": SPECIALS.index("[PAD]"),
+        "position_embedding_type": "absolute",  # the published value; either code has ALiBi and nothing else
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    """What AutoTokenizer needs beside tokenizer.json."""
+    unknown, first, separator, padding, mask = SPECIALS
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": unknown,
+        "cls_token": first,
+        "sep_token": separator,
+        "pad_token": padding,
+        "mask_token": mask,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }
+
+
+def _model_card(model: Pretrained) -> str:
+    size, source = sum(tensor.numel() for tensor in model.weights.values()), model.source
+    origin = f"Pre-training step {source['step']:,}"
+    if "dataset_manifest_sha256" in source:
+        origin += f" on the dataset whose manifest.json has sha256 `{source['dataset_manifest_sha256']}`"
+    if "imported" in source:
+        origin += ", imported from Hugging Face files"
+    c = model.config
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [biology, dna, genomics]
+---
+# A DNABERT-2 of {size:,} parameters
+
+{c.num_hidden_layers} layers, hidden size {c.hidden_size}, {c.num_attention_heads} heads, {c.vocab_size} tokens. ALiBi:
+there is no longest input.
+
+{origin}.
+
+```python
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)  # else it asks
+model = AutoModel.from_pretrained(DIRECTORY, trust_remote_code=True).eval()
+batch = tokenizer(["ACGTAGCATCGGATCTATCTATCGACACTTGGTTATCGATCTACG"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    states = model(**batch).last_hidden_state  # [sequences, tokens, {c.hidden_size}], 0 at padding
+mask = batch["attention_mask"][..., None]
+embedding = (states * mask).sum(1) / mask.sum(1)  # mean over the tokens of each sequence
+```
+
+`trust_remote_code=True` runs `{MODELING}.py` from this directory: plain PyTorch, no other package. Sequences are
+upper-case A, C, G, T; any other letter becomes `[UNK]`. `AutoModelForMaskedLM` and `AutoModelForSequenceClassification`
+load it too; the latter's pooler and classifier start from random weights. The linear layers are named `Wqkv`, `dense`,
+`gated_layers` and `wo` (for LoRA: `target_modules=["Wqkv"]`).
+"""
+
+
+@contextmanager
+def _whole_directory(out: Path) -> Iterator[Path]:
+    """A new directory to fill that becomes `out` when the block ends without an error, and else leaves nothing behind.
+
+    Raises InputError when `out` exists and isn't an empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty directory; name another one, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+    try:
+        partial.chmod(0o755)  # mkdtemp makes 0700; other users of a cluster read our files
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_dir():
+                fsync_directory(path)
+            else:
+                path.chmod(0o644)  # safetensors writes 0600
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        fsync_directory(partial)
+        os.rename(partial, out)  # replaces an empty directory; fails if someone else's has got there first
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    fsync_directory(out.parent)
