@@ -8,7 +8,7 @@ READY := .venv/.ready
 .PHONY: test lint demo clean
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -125,9 +125,7 @@ def one_line(error: BaseException) -> str:
 def add_verb(verbs: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
     """Add a subparser with the flags that every verb has, bound to `run`."""
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=help_text, description=help_text)
-    verb.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object on the last line of stdout"
-    )
+    verb.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line of stdout")
     verb.add_argument("--debug", action="store_true", help="show a traceback with an error")
     verb.set_defaults(run=run)
     return verb

@@ -175,9 +175,7 @@ class Split:
             stream.seek(int(entry["offset"]))
             data = stream.read(int(entry["size"]))
         if len(data) != entry["size"] or zlib.crc32(data) != entry["crc32"]:
-            raise InputError(
-                f"{path}: block {block} at offset {entry['offset']} is damaged (crc32 differs); shard again"
-            )
+            raise InputError(f"{path}: block {block} at offset {entry['offset']} is damaged (crc32 differs); shard again")
         arrays = {}
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
@@ -205,9 +203,7 @@ class Dataset:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{manifest_path}: not a dataset manifest; shard again") from None
         if version != FORMAT_VERSION:
-            raise InputError(
-                f"{manifest_path}: format_version {version}, this code reads {FORMAT_VERSION}; shard again"
-            )
+            raise InputError(f"{manifest_path}: format_version {version}, this code reads {FORMAT_VERSION}; shard again")
         for name, digest in self.manifest["files"].items():
             if file_sha256(safe_join(self.path, name)) != digest:
                 raise InputError(f"{self.path / name}: sha256 differs from manifest.json; shard again")

@@ -100,9 +100,7 @@ def read_fasta(path: Path, *, digest: Digest | None = None, chunk_bytes: int = C
                 line_start = text[-1] in b"\r\n"
             if mark >= 0:
                 if not line_start:
-                    raise InputError(
-                        f"{path}: record {name!r} has '>' inside a line; is a line break missing before it?"
-                    )
+                    raise InputError(f"{path}: record {name!r} has '>' inside a line; is a line break missing before it?")
                 record, start, header = record + 1, 0, bytearray()
             position = stop + 1
     if header is not None:  # the file ends within a header line

@@ -50,9 +50,7 @@ def _commit(dataset: Path) -> None:
             "all regions went to validation (--valid-fraction, --region-bases)"
         )
     if splits["valid"]["sequences"] == 0 and plan.parameters["valid_fraction"] > 0:
-        log(
-            f"{dataset}: no region fell to validation; a smaller --region-bases or a larger --valid-fraction gives some"
-        )
+        log(f"{dataset}: no region fell to validation; a smaller --region-bases or a larger --valid-fraction gives some")
     write_atomically(dataset / "train" / "contigs.tsv", (work(dataset) / "contigs.tsv").read_bytes())
     files = ("tokenizer.json", "train/contigs.tsv", "train/shards.npy", "valid/shards.npy")
     sums = {file: file_sha256(dataset / file) for file in files}
@@ -61,9 +59,7 @@ def _commit(dataset: Path) -> None:
         ("train/contigs.tsv", plan.contigs_sha256),
     ):
         if sums[file] != expected:
-            raise InputError(
-                f"{dataset / file}: was changed after the dataset was begun; remove {dataset} and shard again"
-            )
+            raise InputError(f"{dataset / file}: was changed after the dataset was begun; remove {dataset} and shard again")
     parameters = {key: value for key, value in plan.parameters.items() if key != "streams"}
     streams = streams_of(plan.parameters["streams"], splits["train"]["sequences"])
     manifest = {

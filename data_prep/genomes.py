@@ -73,9 +73,7 @@ def find_genomes(root: Path) -> list[Genome]:
         # Downloads often repeat one file name in a folder each; the path then tells the species apart.
         name = Path(stem).name if shared[Path(stem).name] == 1 else stem
         if name in genomes:
-            raise InputError(
-                f"{root}: {genomes[name].file} and {file} both hold species {name!r}; remove or rename one"
-            )
+            raise InputError(f"{root}: {genomes[name].file} and {file} both hold species {name!r}; remove or rename one")
         category = file.split("/", 1)[0] if "/" in file else "unspecified"
         genomes[name] = Genome(name, category, file, path, path.stat().st_size)
     return list(genomes.values())

@@ -63,9 +63,7 @@ def _marker_path(dataset: Path, unit: Unit) -> Path:
     return work(dataset) / f"unit-{unit.number:06d}.json"
 
 
-def _build_files(
-    dataset: Path, genomes: Path, plan: Plan, codec: Codec, units: Sequence[Unit]
-) -> Iterator[dict[str, Any]]:
+def _build_files(dataset: Path, genomes: Path, plan: Plan, codec: Codec, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
     """Build units, which are sorted, reading each of their files once; yield their markers."""
     for species, group in groupby(units, key=lambda unit: unit.species):
         row = plan.species[species]

@@ -30,9 +30,7 @@ WINDOW_BASES = 1_000
 MINIMUM_WINDOW_BASES = 100  # the last window of a contig may be shorter than the others, down to this
 SAMPLE_BASES = 50_000_000
 VOCAB_SIZE = 4096
-MAX_TOKEN_BASES = (
-    32  # the published tokenizer's longest; near-duplicate genomes would yield tokens of hundreds of bases
-)
+MAX_TOKEN_BASES = 32  # the published tokenizer's longest; near-duplicate genomes would yield tokens of hundreds of bases
 RAM_BYTES_A_BASE = 50  # measured on genomes
 
 

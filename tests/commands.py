@@ -12,7 +12,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # One thread a rank: the machine has two cores, and more threads than cores stall each other.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def python(*arguments: str | Path, ranks: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before torch is imported: tests run side by side, and more threads than cores stall each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

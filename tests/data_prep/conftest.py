@@ -33,19 +33,11 @@ def genomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = bytearray(random_bases(1, 21_000))
     long[3000:3050] = b"N" * 50
     long[5000:6000] = long[5000:6000].lower()
-    (root / "plant/thale.fa").write_bytes(
-        b">chr1 first\n" + wrapped(bytes(long), 60) + b">chr2\n" + random_bases(2, 3500)
-    )
+    (root / "plant/thale.fa").write_bytes(b">chr1 first\n" + wrapped(bytes(long), 60) + b">chr2\n" + random_bases(2, 3500))
     many = b"".join(b">contig%d\n" % number + wrapped(random_bases(number, 300 * number), 70) for number in range(8))
     (root / "bacteria/strains/coli.fna.gz").write_bytes(gzip.compress(many[:4000]) + gzip.compress(many[4000:]))
     iupac = (
-        random_bases(4, 900)
-        + b"RYK-*"[:4]
-        + random_bases(5, 4000)
-        + b"N"
-        + random_bases(6, 9)
-        + b"n"
-        + random_bases(7, 50)
+        random_bases(4, 900) + b"RYK-*"[:4] + random_bases(5, 4000) + b"N" + random_bases(6, 9) + b"n" + random_bases(7, 50)
     )
     (root / "bacteria/odd.fasta").write_bytes(b">odd\r\n" + wrapped(iupac, 50, b"\r\n"))
     (root / "virus/phage.fa").write_bytes(b">same\nACGT\n>same\n" + random_bases(8, 4321) + b"\n>same\n>none\n")

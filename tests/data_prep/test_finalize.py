@@ -49,9 +49,7 @@ def test_files_changed_on_the_way_are_found(shard: Shard, tmp_path: Path, capsys
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_split_may_be_empty_but_train_may_not(
-    shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_split_may_be_empty_but_train_may_not(shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(tmp_path / "none", "--valid-fraction", "0") == 0
     assert len(Dataset(tmp_path / "none").split("valid").shards) == 0
     assert shard(tmp_path / "few", "--valid-fraction", "0.0001") == 0

@@ -196,9 +196,7 @@ def test_nothing_depends_on_the_machine(dataset: Path, genomes: Path) -> None:
     assert not list(dataset.rglob(".*"))
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(
-    shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_not_ours_is_left_alone(shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_bytes(b"years of work")
     for out in (tmp_path, tmp_path / "thesis.tex"):
         assert shard(out) == 2
