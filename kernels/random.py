@@ -34,7 +34,8 @@ GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
 
-# First children of the seed, one a purpose. The numbers are part of what a run means: never reuse one.
+# First children of the seed, one a purpose. The numbers are part of what a run means: never reuse one. Those from 32 on are
+# fine-tuning's and stand in `finetune`.
 PURPOSE_SHARDS, PURPOSE_WINDOWS, PURPOSE_MASKS, PURPOSE_DROPOUT = 1, 2, 3, 4
 
 

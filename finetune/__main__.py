@@ -1,0 +1,106 @@
+"""`python -m finetune <verb>`: what a pre-trained model is worth on the Genome Understanding Evaluation (GUE)."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.cli import add_verb, main
+from finetune.report import report
+from finetune.run import run as run_once
+
+
+def run_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune once."""
+    return run_once(
+        args.model,
+        args.task,
+        args.out,
+        seed=args.seed,
+        like=args.like,
+        label=args.label,
+        command=args.command_line,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        eval_every=args.eval_every,
+        max_length=args.max_length,
+        dtype=args.dtype,
+    )
+
+
+def run_report(args: argparse.Namespace) -> dict[str, Any]:
+    """Make tables."""
+    return report(args.results, args.out)
+
+
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m finetune", description=__doc__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = add_verb(
+        verbs,
+        "run",
+        run_run,
+        "Fine-tune one model on one task with one seed: all weights, the best by dev loss, scored once on test. "
+        "A run that is done already is not done again.",
+    )
+    verb.set_defaults(command_line=shlex.join(["python", "-m", "finetune", *(sys.argv[1:] if argv is None else argv)]))
+    verb.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="a run directory of `pretrain train`, a Hugging Face directory, or `random`: without pre-training",
+    )
+    verb.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="with --model random: give the random weights the architecture and tokenizer of MODEL "
+        "(default: the tiny preset, and a tokenizer trained on the task)",
+    )
+    verb.add_argument(
+        "--task",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of train.csv, dev.csv, test.csv, such as GUE/tf/0",
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="RESULTS", help="folder for the results of all runs")
+    verb.add_argument("--label", metavar="NAME", help="name of the model in results (default: its folder's name)")
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="order, dropout, fresh weights (default: 0)")
+
+    settings = verb.add_argument_group("settings", "The default is what the paper used for the task.")
+    for flag, kind, text in (
+        ("--learning-rate", float, "reached after the warm-up, then linear to 0"),
+        ("--batch-size", int, "sequences a step"),
+        ("--epochs", int, "the run ends after these or --max-steps, whichever comes first"),
+        ("--max-steps", int, "most steps"),
+        ("--warmup-steps", int, "steps over which the learning rate rises from 0"),
+        ("--weight-decay", float, "of matrices (AdamW)"),
+        ("--eval-every", int, "steps between evaluations on dev"),
+        ("--max-length", int, "truncate to this many tokens, [CLS] and [SEP] included (default: nothing is truncated)"),
+    ):
+        settings.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
+    settings.add_argument("--dtype", choices=["fp32", "bf16"], help="of the matrix products (default: fp32)")
+
+    verb = add_verb(verbs, "report", run_report, "Make table.md and table.csv of all runs below a results folder.")
+    verb.add_argument("results", type=Path, metavar="RESULTS", help="the --out of the runs")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the tables")
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own without `argv`) and return the exit status."""
+    return main(build_parser(argv), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

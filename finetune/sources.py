@@ -1,0 +1,105 @@
+"""Where a run's architecture, tokenizer and first weights come from: a checkpoint, or nothing but a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from data_prep.cli import InputError, log
+from data_prep.pack import SPECIALS
+from pretrain.config import PRESETS
+from pretrain.model import ModelConfig
+
+RANDOM = "random"
+MINIMUM_OCCURRENCES = 5  # of a merge in the training sequences: an embedding that is seen less learns nothing
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model before fine-tuning."""
+
+    label: str  # names the folder of its results
+    where: str  # for messages
+    config: ModelConfig
+    tokenizer: Tokenizer
+    tokenizer_sha256: str
+    weights: dict[str, Tensor] | None  # None: drawn from the run's seed
+    about: dict[str, Any]  # what a results file says of it
+
+
+def open_source(model: str, like: str | None, train_sequences: Iterable[str]) -> Source:
+    """Open `--model` (a run directory, a Hugging Face directory or `random`) and `--like`.
+
+    `random` with `like` has the architecture and the tokenizer of that model; alone, those of the `tiny` preset and a
+    BPE trained on the task's own training sequences. Raises InputError.
+    """
+    if like is not None and model != RANDOM:
+        raise InputError("--like goes with --model random: it says which architecture and tokenizer the random weights get")
+    if model == RANDOM and like is None:
+        return _tiny(train_sequences)
+    from pretrain.pretrained import load_pretrained
+
+    path = Path(model if like is None else like)
+    found = load_pretrained(path)
+    data = found.tokenizer.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(f"{found.tokenizer}: not a Hugging Face tokenizer.json ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    name = path.resolve().name
+    return Source(
+        label=name if like is None else f"{RANDOM}-like-{name}",
+        where=str(path),
+        config=found.config,
+        tokenizer=tokenizer,
+        tokenizer_sha256=hashlib.sha256(data).hexdigest(),
+        weights=found.weights if like is None else None,
+        about={"kind": "pretrained" if like is None else RANDOM, "path": str(path), "source": found.source},
+    )
+
+
+def _tiny(train_sequences: Iterable[str]) -> Source:
+    preset = PRESETS / "tiny.yaml"
+    config = ModelConfig.model_validate(yaml.safe_load(preset.read_text())["model"])
+    log(f"training a BPE of up to {config.vocab_size} tokens on the task's own training sequences")
+    tokenizer = train_bpe(train_sequences, config.vocab_size)
+    config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
+    return Source(
+        label=RANDOM,
+        where=RANDOM,
+        config=config,
+        tokenizer=tokenizer,
+        tokenizer_sha256=hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        weights=None,
+        about={"kind": RANDOM, "path": None, "source": {"architecture": preset.stem, "tokenizer": "BPE of train.csv"}},
+    )
+
+
+def train_bpe(sequences: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A BPE of at most `vocab_size` tokens with the ids of the published one: five special tokens, A, C, G, T, merges.
+
+    Trained on the runs of A, C, G, T in the sequences, so that other letters are unknown, as to the published one.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=list("ACGT"),
+        min_frequency=MINIMUM_OCCURRENCES,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        (run for sequence in sequences for run in re.findall("[ACGT]+", sequence)), trainer=trainer
+    )
+    return tokenizer

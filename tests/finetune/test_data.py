@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from data_prep.cli import InputError
+from finetune.data import read_rows, read_task, tokenize
+
+
+def test_a_task_says_its_classes_and_rows(small_task):
+    task = read_task(small_task)
+    assert (task.name, task.classes) == ("small/task", 2)
+    assert [len(task.splits[split].labels) for split in ("train", "dev", "test")] == [16, 8, 8]
+    train = task.splits["train"]
+    assert train.sha256 == hashlib.sha256(train.path.read_bytes()).hexdigest()
+    assert train.other_letters() == (0, 0)
+
+
+def test_csv_as_people_write_it(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(b'\xef\xbb\xbfid,label,sequence\r\n7,1,"ACGT"\r\n8,0, acNN \r\n\r\n')
+    rows = read_rows(path)
+    assert rows.sequences == ["ACGT", "acNN"]
+    assert rows.labels.tolist() == [1, 0]
+    assert rows.lines.tolist() == [2, 3]
+    assert rows.other_letters() == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "message"),
+    [
+        ("train", "", "train.csv: the file is empty"),
+        ("dev", "sequence,label\n", "dev.csv: has a header but no rows"),
+        ("train", "sequence,lable\nACGT,0\n", "train.csv, line 1: no column 'label'"),
+        ("train", "seq,label\nACGT,0\n", "train.csv, line 1: no column 'sequence'"),
+        ("test", "sequence,label\nACGT,0\nACGT,yes\n", "test.csv, line 3: label 'yes' is not an integer"),
+        ("test", "sequence,label\nACGT,1.0\n", "test.csv, line 2: label '1.0' is not an integer"),
+        ("test", "sequence,label\nACGT,-1\n", "test.csv, line 2: label '-1' is not an integer"),
+        ("test", "sequence,label\nACGT,\n", "test.csv, line 2: label '' is not an integer"),
+        ("dev", "sequence,label\nACGT,0\n,1\n", "dev.csv, line 3: the sequence is empty"),
+        ("dev", "sequence,label\nACGT\n", "dev.csv, line 2: 1 fields where the header has 2"),
+        ("dev", 'sequence,label\n"ACGT,0\n', "dev.csv, line 2: not CSV"),
+        ("train", "sequence,label\nACGT,1\nACGA,2\n", "train.csv: has no row of class 0"),
+        ("train", "sequence,label\nACGT,0\nACGA,999999999\n", "train.csv: has no row of class 1"),
+        ("dev", "sequence,label\nACGT,0\nACGA,2\n", "train.csv: has no row of class 2, but .*dev.csv, line 3"),
+    ],
+)
+def test_bad_csv_is_named_with_its_line(damage, split, text, message):
+    path = damage(split, text)
+    with pytest.raises(InputError, match=message):
+        read_task(path.parent)
+
+
+def test_bad_bytes_are_named_with_their_line(small_task):
+    (small_task / "dev.csv").write_bytes(b"sequence,label\nACGT,0\n\x1f\x8b\xff,0\n")
+    with pytest.raises(InputError, match=r"dev.csv, line 3: not text"):
+        read_task(small_task)
+
+
+def test_missing_files_and_folders(small_task):
+    (small_task / "dev.csv").unlink()
+    with pytest.raises(InputError, match=r"dev.csv: not found"):
+        read_task(small_task)
+    with pytest.raises(InputError, match="no such folder"):
+        read_task(small_task / "nothing")
+
+
+def test_one_class_is_nothing_to_learn(small_task):
+    for split in ("train", "dev", "test"):
+        (small_task / f"{split}.csv").write_text("sequence,label\nACGT,0\n")
+    with pytest.raises(InputError, match="nothing to learn"):
+        read_task(small_task)
+
+
+def test_tokens_are_cls_content_sep(small_task, bases_tokenizer):
+    (small_task / "dev.csv").write_text("sequence,label\nACGT,0\nAAN,1\nT,0\n")
+    tokens = tokenize(read_rows(small_task / "dev.csv"), bases_tokenizer, 9, None)
+    assert tokens.ids.tolist() == [1, 5, 6, 7, 8, 2, 1, 5, 5, 0, 2, 1, 8, 2]
+    assert tokens.starts.tolist() == [0, 6, 11, 14]
+    assert tokens.labels.tolist() == [0, 1, 0]
+    assert tokens.truncated == 0
+
+
+def test_truncation_keeps_sep_and_is_counted(small_task, bases_tokenizer):
+    (small_task / "dev.csv").write_text("sequence,label\nACGT,0\nAAN,1\nT,0\n")
+    tokens = tokenize(read_rows(small_task / "dev.csv"), bases_tokenizer, 9, 5)
+    assert tokens.ids.tolist() == [1, 5, 6, 7, 2, 1, 5, 5, 0, 2, 1, 8, 2]
+    assert tokens.truncated == 1
+
+
+def test_more_sequences_than_are_tokenized_at_once(small_task, bases_tokenizer, monkeypatch):
+    rows = read_rows(small_task / "train.csv")
+    whole = tokenize(rows, bases_tokenizer, 9, None)
+    monkeypatch.setattr("finetune.data._TOKENIZED_AT_ONCE", 3)
+    parts = tokenize(rows, bases_tokenizer, 9, None)
+    assert np.array_equal(whole.ids, parts.ids)
+    assert np.array_equal(whole.starts, parts.starts)
+
+
+def test_a_sequence_over_the_model_limit_is_named(small_task, bases_tokenizer):
+    path = small_task / "dev.csv"
+    path.write_text(f"sequence,label\nACGT,0\n{'ACGT' * 3000},1\n")
+    with pytest.raises(InputError, match=r"dev.csv, line 3: 12000 tokens.*--max-length"):
+        tokenize(read_rows(path), bases_tokenizer, 9, None)
+    assert tokenize(read_rows(path), bases_tokenizer, 9, 100).truncated == 1
+
+
+def test_tokenizer_of_another_model_is_refused(small_task, bases_tokenizer):
+    with pytest.raises(InputError, match=r"dev.csv, line 2: the tokenizer gives token 8, but the model has 8"):
+        tokenize(read_rows(small_task / "dev.csv"), bases_tokenizer, 8, None)
