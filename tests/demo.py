@@ -30,15 +30,18 @@ KILL_AFTER_STEP = 130  # between two checkpoints (tiny saves every 100), so some
 TASKS = ("prom/prom_300_tata", "mouse/0", "tf/0", "synthetic/motif")
 
 
-def run(*arguments: str | Path, json_result: bool = True) -> dict[str, Any]:
-    """Run `python -m ARGUMENTS` and return what --json printed; a failure ends the demo with that command's status."""
-    command = [sys.executable, "-m", *map(str, arguments), *(["--json"] if json_result else [])]
-    show(command)
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if json_result else {}
-    return value
+def run(*commands: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Run `python -m COMMAND --json` side by side and return what each printed; a failure ends the demo with its status."""
+    started = []
+    for arguments in commands:
+        command = [sys.executable, "-m", *map(str, arguments), "--json"]
+        show(command)
+        started.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in started]
+    for process in started:
+        if process.returncode != 0:
+            sys.exit(process.returncode)
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def show(command: Sequence[str]) -> None:
@@ -105,15 +108,15 @@ def main() -> None:
     genomes, gue = (path.resolve() if path else None for path in (args.genomes, args.gue))
     real = genomes is not None
     if genomes is None or gue is None:
-        run("data_prep", "synthesize", "--out", out / "synthetic")
+        run(["data_prep", "synthesize", "--out", out / "synthetic"])
         genomes, gue = genomes or out / "synthetic" / "genomes", gue or out / "synthetic" / "gue"
     tokenizer, dataset, run_dir = out / "tokenizer.json", out / "dataset", out / "run"
     vocabulary = 4096 if real else 1024
-    run("data_prep", "tokenizer", "--genomes", genomes, "--out", tokenizer, "--vocab-size", str(vocabulary),
-        "--sample-bases", "8000000")  # fmt: skip
+    sample = ["--vocab-size", str(vocabulary), "--sample-bases", "8000000"]
+    run(["data_prep", "tokenizer", "--genomes", genomes, "--out", tokenizer, *sample])
     # Synthetic contigs are short: smaller regions, so that some of them fall into the validation split.
     regions = [] if real else ["--region-bases", "20000", "--valid-fraction", "0.05"]
-    sharded = run("data_prep", "shard", "--genomes", genomes, "--tokenizer", tokenizer, "--out", dataset, *regions)
+    (sharded,) = run(["data_prep", "shard", "--genomes", genomes, "--tokenizer", tokenizer, "--out", dataset, *regions])
 
     training = ["tiny", f"run_dir={run_dir}", f"data.path={dataset}", f"data.tokenizer={tokenizer}"]
     training += [f"model.vocab_size={vocabulary}", f"train.max_steps={args.steps}"]
@@ -124,14 +127,14 @@ def main() -> None:
         sys.exit(status)
 
     exported = out / "hf"
-    run("pretrain", "export", run_dir, "--out", exported)
+    run(["pretrain", "export", run_dir, "--out", exported])
     task, results = choose_task(gue), out / "results"
     tuning = ["--task", task, "--out", results, "--learning-rate", "1e-3"]  # 3e-5 is for 117M parameters
-    scores = {
-        "pre-trained": run("finetune", "run", "--model", exported, *tuning),
-        "random": run("finetune", "run", "--model", "random", "--like", exported, *tuning),
-    }
-    run("finetune", "report", results, "--out", out / "report", json_result=False)
+    pretrained, random = run(
+        ["finetune", "run", "--model", exported, *tuning],
+        ["finetune", "run", "--model", "random", "--like", exported, *tuning],
+    )
+    run(["finetune", "report", results, "--out", out / "report"])
 
     records = metrics(run_dir)
     speeds = sorted(record["tokens_per_second"] for record in records)
@@ -145,8 +148,8 @@ steps              {records[-1]["step"]:>14,}   on {RANKS} processes, killed aft
 loss, first        {records[0]["loss"]:>14.4f}
 loss, last         {records[-1]["loss"]:>14.4f}   validation {records[-1]["validation_loss"]:.4f}
 tokens a second    {speeds[len(speeds) // 2]:>14,.0f}   median of training
-MCC pre-trained    {scores["pre-trained"]["test_mcc"]:>14.4f}   {task.parent.name}/{task.name}, test split, seed 0
-MCC random         {scores["random"]["test_mcc"]:>14.4f}   the same encoder without pre-training
+MCC pre-trained    {pretrained["test_mcc"]:>14.4f}   {task.parent.name}/{task.name}, test split, seed 0
+MCC random         {random["test_mcc"]:>14.4f}   the same encoder without pre-training
 seconds            {time.monotonic() - started:>14,.0f}   everything is in {out}"""
     )
 
