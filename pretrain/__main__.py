@@ -39,6 +39,8 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description="Masked-language-model pre-training.")
+    # The `deepspeed` launcher adds it; the environment, which all launchers set, says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train = add_verb(

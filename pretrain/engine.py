@@ -31,6 +31,8 @@ def build_engine(config: Config, world: World) -> Any:
     import deepspeed  # here: it takes seconds to import, and its logger speaks on stdout, which is ours
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # On a CPU DeepSpeed would compile this at the first start, which takes a minute; only its inference collectives use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = MaskedLanguageModel(config.model)
     initialize(model, config.train.seed, config.model.initializer_range)
     optimizer = torch.optim.AdamW(

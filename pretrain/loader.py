@@ -148,10 +148,10 @@ class Loader:
         return Place(row, number - (int(self._valid_ends[row - 1]) if row else 0))
 
 
-def open_dataset(config: Config) -> Dataset:
-    """Open the dataset and check that it fits the model and the configured tokenizer.
+def open_dataset(config: Config) -> tuple[Config, Dataset]:
+    """Open the dataset, check that it fits, and return it with the configuration resolved by it.
 
-    Raises InputError naming the file or key.
+    `model.vocab_size` is the dataset's where the configuration doesn't give one. Raises InputError naming the file or key.
     """
     dataset = Dataset(config.data.path)
     tokenizer = dataset.manifest["tokenizer"]
@@ -162,9 +162,12 @@ def open_dataset(config: Config) -> Dataset:
                 f"{dataset.path}: was made with another tokenizer (sha256 {tokenizer['sha256'][:12]}...) than "
                 f"data.tokenizer {config.data.tokenizer} ({wanted[:12]}...); shard again or change the key"
             )
-    if tokenizer["vocab_size"] != config.model.vocab_size:
+    size = tokenizer["vocab_size"]
+    if "vocab_size" not in config.model.model_fields_set:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    if size != config.model.vocab_size:
         raise InputError(
-            f"{dataset.path}: its tokenizer has {tokenizer['vocab_size']} tokens, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size={tokenizer['vocab_size']} or shard with another tokenizer"
+            f"{dataset.path}: its tokenizer has {size} tokens, model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size={size} or shard with another tokenizer"
         )
-    return dataset
+    return config, dataset

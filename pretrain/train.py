@@ -73,10 +73,10 @@ class _Run:
     """One life of a run, on one rank."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
-        self.config, self.run_dir = config, run_dir
         self.stop = StopSignal()
         # Everything that can be wrong with the input is found before the other ranks are waited for.
-        dataset = open_dataset(config)
+        config, dataset = open_dataset(config)
+        self.config, self.run_dir = config, run_dir
         _check_run_dir(config, run_dir, dataset)
         self.world: World = start()
         if self.world.is_first:

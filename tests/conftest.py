@@ -49,7 +49,6 @@ def tiny_config(tiny_dataset: Path) -> list[str]:
     return [
         "tiny",
         f"data.path={tiny_dataset}",
-        f"model.vocab_size={VOCAB_SIZE}",
         "model.hidden_size=32",
         "model.intermediate_size=64",
         "train.max_steps=8",

@@ -26,7 +26,7 @@ def test_genomes_in_a_scored_checkpoint_out(tmp_path: Path) -> None:
     )  # fmt: skip
     assert sharded["bases_in"] == 200_000
 
-    overrides = [f"data.path={dataset}", f"data.tokenizer={tokenizer}", "model.vocab_size=300", "train.max_steps=10", *SMALL]
+    overrides = [f"data.path={dataset}", f"data.tokenizer={tokenizer}", "train.max_steps=10", *SMALL]
     trained = pretrain("train", "tiny", f"run_dir={run_dir}", *overrides, "--json", ranks=2)
     assert result(trained)["step"] == 10
 

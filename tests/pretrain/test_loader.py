@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from data_prep.cli import InputError
-from data_prep.dataset import Dataset
 from pretrain.config import Config, load_config
 from pretrain.loader import Loader, MaskedBatch, open_dataset
 from pretrain.masking import CLS, MASK, SEP
 
 
 def loader(arguments: list[str], rank: int = 0, ranks: int = 1, *overrides: str) -> Loader:
-    config = load_config(arguments[0], [*arguments[1:], *overrides])
-    return Loader(config, Dataset(config.data.path), rank, ranks)
+    return Loader(*open_dataset(load_config(arguments[0], [*arguments[1:], *overrides])), rank, ranks)
 
 
 def sequences(batches: list[MaskedBatch]) -> list[tuple[bytes, ...]]:
@@ -100,5 +98,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny_config: list[str], tmp_pa
         open_dataset(config(f"data.tokenizer={other}"))
     with pytest.raises(InputError, match=r"model\.vocab_size=512"):
         open_dataset(config("model.vocab_size=4096"))
+    assert open_dataset(config())[0].model.vocab_size == 512  # the dataset's, where none is given
     with pytest.raises(InputError, match=r"manifest\.json: not found"):
         open_dataset(config(f"data.path={tmp_path}"))

@@ -25,7 +25,7 @@ def test_two_ranks_finish_and_a_second_submission_changes_nothing(
 ) -> None:
     run_dir = tmp_path / "run of mine"  # a space: everything in the script is quoted
     numbers = ["train.max_steps=4", "train.log_every=1", "checkpoint.save_every=2", "validation.every=0"]
-    overrides = [f"data.path={tiny_dataset}", "model.vocab_size=512", *numbers]
+    overrides = [f"data.path={tiny_dataset}", *numbers]
 
     job = submit(cluster, "pretrain/configs/tiny.yaml", run_dir, *overrides)
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
