@@ -22,14 +22,17 @@ from tqdm import tqdm
 DONE = 0  # the command did what it was asked to
 FAILED = 1  # any failure that is not one of the others
 BAD_INPUT = 2  # the input or the configuration is wrong: running again cannot help
-LOST_RANK = 70  # a rank hung or died
 RUN_AGAIN = 75  # stopped on request after saving: run the same command again
+INTERRUPTED = 130  # Ctrl-C, as shells say it
 
 Item = TypeVar("Item")
 
 
 class InputError(Exception):
     """Bad input or configuration. The message is one line naming the file, record or key, and the remedy."""
+
+
+BAD_INPUT_ERRORS = (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class StopRequested(Exception):
@@ -97,22 +100,28 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
         if args.json:
             print(json.dumps(result, sort_keys=True), flush=True)
         return DONE
-    except StopRequested as stop:
-        log(f"{parser.prog}: {stop}; run the same command again to go on")
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug:
+            traceback.print_exc()
+        status = exit_status(error)
+        if status == RUN_AGAIN:
+            log(f"{parser.prog}: {error}; run the same command again to go on")
+        elif status == BAD_INPUT:
+            log(f"{parser.prog}: error: {one_line(error)}")
+        elif status == INTERRUPTED:
+            log(f"{parser.prog}: interrupted")
+        else:
+            log(f"{parser.prog}: failed: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+        return status
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status that stands for an exception, on the command line and in exit.json."""
+    if isinstance(error, StopRequested):
         return RUN_AGAIN
-    except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        if args.debug:
-            traceback.print_exc()
-        log(f"{parser.prog}: error: {one_line(error)}")
+    if isinstance(error, BAD_INPUT_ERRORS):
         return BAD_INPUT
-    except KeyboardInterrupt:
-        log(f"{parser.prog}: interrupted")
-        return 130
-    except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        log(f"{parser.prog}: failed: {type(error).__name__}: {one_line(error)} (--debug shows where)")
-        return FAILED
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
 def one_line(error: BaseException) -> str:

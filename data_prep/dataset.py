@@ -40,6 +40,8 @@ from data_prep.cli import InputError, write_atomically
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
+SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")  # ids 0 to 4 of every tokenizer; content tokens follow
+REQUIRED = ("tokenizer", "sequence_length", "order", "splits", "species", "files")  # keys of the manifest
 SEQUENCES_PER_BLOCK = 1024
 SHARD_ROW = np.dtype(
     [
@@ -204,6 +206,9 @@ class Dataset:
             raise InputError(f"{manifest_path}: not a dataset manifest; shard again") from None
         if version != FORMAT_VERSION:
             raise InputError(f"{manifest_path}: format_version {version}, this code reads {FORMAT_VERSION}; shard again")
+        missing = [key for key in REQUIRED if key not in self.manifest]
+        if missing:
+            raise InputError(f"{manifest_path}: has no {', '.join(missing)}; it is not whole, shard again")
         for name, digest in self.manifest["files"].items():
             if file_sha256(safe_join(self.path, name)) != digest:
                 raise InputError(f"{self.path / name}: sha256 differs from manifest.json; shard again")

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
+from data_prep.dataset import SPECIALS
 
 RUN_BASES = 8_192
 MINIMUM_TOKENS = 8
 BATCH_BASES = 1 << 20  # tokenized at a time: enough runs for every core; an encoding takes about 100 bytes a token
-SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 _BETWEEN_CUTS = re.compile(rb"[^N]+")
 
 Add = Callable[[NDArray[np.uint16], int, int], None]  # (content tokens, contig number, start in the contig)

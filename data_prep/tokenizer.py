@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_prep.cli import InputError, log, progress, write_atomically
+from data_prep.dataset import SPECIALS
 from data_prep.genomes import Genome, find_genomes, read_regions
-from data_prep.pack import SPECIALS
 
 WINDOW_BASES = 1_000
 MINIMUM_WINDOW_BASES = 100  # the last window of a contig may be shorter than the others, down to this
@@ -52,17 +52,8 @@ def train(
             f"letter), or --sample-bases {sample_bases} is under {WINDOW_BASES}"
         )
     log(f"training on {sum(quotas):,} windows; this takes about {most * RAM_BYTES_A_BASE / 1e9:.2f} GB of RAM")
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=list("ACGT"),
-        max_token_length=MAX_TOKEN_BASES,
-        show_progress=False,
-    )
     sample = _Sample(found, windows, quotas, seed)
-    tokenizer.train_from_iterator(sample, trainer=trainer)
+    tokenizer = train_bpe(sample, vocab_size)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         log(f"the sample yields only {size} tokens, not {vocab_size}: every pair of tokens has been merged")
@@ -74,6 +65,25 @@ def train(
         "sample_windows": {genome.name: quota for genome, quota in zip(found, quotas, strict=True)},
         "sha256": hashlib.sha256(data).hexdigest(),
     }
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 0) -> Tokenizer:
+    """A BPE of at most `vocab_size` tokens with the ids of the published one: five special tokens, A, C, G, T, merges.
+
+    `texts` have no letter but A, C, G, T; a pair of tokens is merged when it occurs `min_frequency` times.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=list("ACGT"),
+        max_token_length=MAX_TOKEN_BASES,
+        min_frequency=min_frequency,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
 
 
 def clean_windows(genome: Genome) -> Iterator[str]:

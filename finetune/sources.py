@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.cli import InputError, log
-from data_prep.pack import SPECIALS
+from data_prep.tokenizer import train_bpe
 from pretrain.config import PRESETS
 from pretrain.model import ModelConfig
 
@@ -72,7 +72,9 @@ def _tiny(train_sequences: Iterable[str]) -> Source:
     preset = PRESETS / "tiny.yaml"
     config = ModelConfig.model_validate(yaml.safe_load(preset.read_text())["model"])
     log(f"training a BPE of up to {config.vocab_size} tokens on the task's own training sequences")
-    tokenizer = train_bpe(train_sequences, config.vocab_size)
+    # Runs of A, C, G, T: other letters are unknown, as they are to the published tokenizer.
+    runs = (run for sequence in train_sequences for run in re.findall("[ACGT]+", sequence))
+    tokenizer = train_bpe(runs, config.vocab_size, MINIMUM_OCCURRENCES)
     config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
     return Source(
         label=RANDOM,
@@ -83,23 +85,3 @@ def _tiny(train_sequences: Iterable[str]) -> Source:
         weights=None,
         about={"kind": RANDOM, "path": None, "source": {"architecture": preset.stem, "tokenizer": "BPE of train.csv"}},
     )
-
-
-def train_bpe(sequences: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A BPE of at most `vocab_size` tokens with the ids of the published one: five special tokens, A, C, G, T, merges.
-
-    Trained on the runs of A, C, G, T in the sequences, so that other letters are unknown, as to the published one.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=list("ACGT"),
-        min_frequency=MINIMUM_OCCURRENCES,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        (run for sequence in sequences for run in re.findall("[ACGT]+", sequence)), trainer=trainer
-    )
-    return tokenizer

@@ -73,7 +73,8 @@ def attention(
         bias = bias_hss[None].masked_fill((position >= lengths[:, None])[:, None, None, :], -math.inf)
     q, k, v = padded.view(sequences, max_seqlen, 3, heads, dim).permute(2, 0, 3, 1, 4).to(wide)
     if dropout_p == 0.0 or dropout_keys_t is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        with torch.autocast(device.type, enabled=False):  # it would round q, k, v and the bias to its own type
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
         weights = ((q @ k.transpose(-1, -2)) / math.sqrt(dim) + bias).softmax(-1)
         masks = [keep_mask(dropout_keys_t, site, max_seqlen, dropout_p, h * MAX_SEQUENCE) for h in range(heads)]

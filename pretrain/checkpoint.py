@@ -144,6 +144,10 @@ def _manifest_sum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(dump_json(content)).hexdigest()
 
 
+class DamagedError(InputError):
+    """A committed step that is not whole any more."""
+
+
 class Checkpoint:
     """A committed step. Opening it checks the manifest; `verify()` checks every byte."""
 
@@ -152,22 +156,23 @@ class Checkpoint:
         manifest_path = path / "MANIFEST.json"
         try:
             self.manifest: dict[str, Any] = json.loads(manifest_path.read_bytes())
-            if self.manifest["format_version"] != FORMAT_VERSION:
-                raise InputError(f"{manifest_path}: format_version {self.manifest['format_version']} is not known here")
             whole = self.manifest["manifest_sha256"] == _manifest_sum(self.manifest)
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            whole = False  # other errors of the file system may pass, and are no reason to set the step aside
         if not whole:
-            raise InputError(f"{manifest_path}: missing or damaged; go back to an earlier step")
+            raise DamagedError(f"{manifest_path}: missing or damaged")
+        version = self.manifest["format_version"]
+        if version != FORMAT_VERSION:
+            raise InputError(f"{manifest_path}: format_version {version}, this code reads {FORMAT_VERSION}")
         self.step = int(self.manifest["step"])
         self.state: dict[str, Any] = self.manifest["state"]
 
     def verify(self) -> None:
-        """Raise InputError naming the first file whose size or sha256 is not the manifest's."""
+        """Raise DamagedError naming the first file whose size or sha256 is not the manifest's."""
         for name, entry in self.manifest["files"].items():
             path = safe_join(self.path, name)
             if not path.is_file() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
-                raise InputError(f"{path}: missing or damaged (size or sha256 differs from MANIFEST.json)")
+                raise DamagedError(f"{path}: missing or damaged (size or sha256 differs from MANIFEST.json)")
 
     @property
     def has_optimizer_state(self) -> bool:
@@ -214,37 +219,48 @@ def step_path(run_dir: Path, step: int) -> Path:
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest step that verifies, or None. Changes nothing; damaged steps are named in the log."""
-    for step in reversed(steps(run_dir)):
+    """The newest step that verifies, or None where no step was ever committed. Changes nothing.
+
+    Damaged steps are named in the log. Raises InputError when there are steps but none is whole, or when one was written in
+    another format: starting again from nothing is for a person to decide.
+    """
+    committed = steps(run_dir)
+    for step in reversed(committed):
         try:
             checkpoint = Checkpoint(step_path(run_dir, step))
             checkpoint.verify()
             return checkpoint
-        except InputError as error:
+        except DamagedError as error:
             log(f"skipping a damaged checkpoint: {error}")
+    if committed:
+        raise InputError(
+            f"{run_dir / 'checkpoints'}: {len(committed)} steps, none whole, nothing was changed; "
+            "restore one, or start again in another run_dir"
+        )
     return None
 
 
 def recover(run_dir: Path, life: str) -> Checkpoint | None:
-    """What a starting run does: set damaged steps aside, remove what dead lives left, and open the newest whole step."""
-    checkpoints = run_dir / "checkpoints"
-    for leftover in sorted(checkpoints.glob("step-*.tmp-*")):
-        shutil.rmtree(leftover)
+    """What a starting run does: find the newest whole step, set damaged ones aside, remove what dead lives left."""
     checkpoint = newest(run_dir)
     for step in steps(run_dir):
-        if checkpoint is None or step > checkpoint.step:
+        if checkpoint is not None and step > checkpoint.step:
             path = step_path(run_dir, step)
             path.rename(path.with_name(f"{path.name}.damaged-{life}"))
+    for leftover in sorted((run_dir / "checkpoints").glob("step-*.tmp-*")):
+        shutil.rmtree(leftover)
     return checkpoint
 
 
 def retain(run_dir: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` steps; called after a commit, so a successor exists.
 
-    A step loses its name first, so that a half-deleted one is never taken for whole.
+    A step loses its name first, so that a half-deleted one is never taken for whole. A file system that refuses is no
+    reason to stop training: the next start removes what is left.
     """
     for step in steps(run_dir)[:-keep_last]:
         path = step_path(run_dir, step)
-        doomed = path.with_name(f"{path.name}.tmp-discarded")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        try:
+            shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp-discarded")))
+        except OSError as error:
+            log(f"{path}: can't be removed now: {error}")

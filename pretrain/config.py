@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_prep.cli import InputError
 from pretrain.model import ModelConfig
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 PRESETS = Path(__file__).parent / "configs"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -48,7 +49,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(5e-4, gt=0)  # reached after the warm-up
     warmup_steps: int = Field(30_000, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0: none (the paper names none)
@@ -126,15 +127,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise InputError(f"{path}: no such file, and not one of the presets {known}")
+    tree = read_yaml(file)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(file))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; InputError names the file."""
     try:
         tree = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{file}: expected a mapping of sections such as `train:`")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(file))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:

@@ -49,7 +49,8 @@ def build_engine(config: Config, world: World) -> Any:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
-        "bf16": {"enabled": config.train.dtype == "bf16"},
+        # Unchecked: DeepSpeed would skip the update without a word, and its step count would no longer be ours.
+        "bf16": {"enabled": config.train.dtype == "bf16", "check_grad_overflow": False},
         "zero_optimization": {
             "stage": config.deepspeed.zero_stage,
             "reduce_bucket_size": 50_000_000,  # elements; the default 5e8 allocates 2 GB a rank for any model

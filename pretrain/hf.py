@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.cli import InputError, dump_json, fsync_directory
-from data_prep.pack import SPECIALS
+from data_prep.dataset import SPECIALS
 from pretrain import checkpoint
 from pretrain.model import ModelConfig
 from pretrain.pretrained import EMBEDDINGS, TIED, Pretrained, read_huggingface, read_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from data_prep.cli import InputError
 from data_prep.dataset import Dataset, Split, file_sha256
+from kernels.attention import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
 from pretrain.config import Config
 from pretrain.masking import CLS, SEP, Masking
@@ -101,9 +103,11 @@ class Loader:
         train, valid = self.dataset.split("train"), self.dataset.split("valid")
         self.order = Order(train.shards["sequences"], order["streams"], order["window_blocks"], config.train.seed)
         self.config, self.rank, self.ranks = config, rank, ranks
-        # A window of a stream touches one block more than it holds; all streams of this rank's rows are open at once.
-        streams_in_use = min(self.order.streams, len(rank_rows(config.train.global_batch_size, rank, ranks)))
-        self._train = SplitReader(train, cached_blocks=max(1, streams_in_use) * (order["window_blocks"] + 1))
+        # A row of the batch meets S / gcd(S, B) streams in turn, and an open window touches one block more than it holds.
+        size = config.train.global_batch_size
+        rows, turns = len(rank_rows(size, rank, ranks)), self.order.streams // math.gcd(self.order.streams, size)
+        open_streams = min(self.order.streams, rows * turns)
+        self._train = SplitReader(train, cached_blocks=max(1, open_streams) * (order["window_blocks"] + 1))
         self._valid = SplitReader(valid, cached_blocks=2)
         self._valid_ends = np.cumsum(valid.shards["sequences"], dtype=np.int64)
         vocab_size, seed = config.model.vocab_size, config.train.seed
@@ -162,6 +166,11 @@ def open_dataset(config: Config) -> tuple[Config, Dataset]:
                 f"{dataset.path}: was made with another tokenizer (sha256 {tokenizer['sha256'][:12]}...) than "
                 f"data.tokenizer {config.data.tokenizer} ({wanted[:12]}...); shard again or change the key"
             )
+    if dataset.manifest["sequence_length"] > MAX_SEQUENCE:
+        raise InputError(
+            f"{dataset.path}: sequence_length {dataset.manifest['sequence_length']} is over the {MAX_SEQUENCE} tokens "
+            "that attention takes; shard with a shorter one"
+        )
     size = tokenizer["vocab_size"]
     if "vocab_size" not in config.model.model_fields_set:
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})

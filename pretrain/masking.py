@@ -9,10 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.dataset import SPECIALS
 from kernels.random import PURPOSE_MASKS, fork, root_key, uniform
 from pretrain.config import DataConfig
 
-CLS, SEP, MASK, FIRST_CONTENT = 1, 2, 4, 5  # token ids; below FIRST_CONTENT all are special
+CLS, SEP, MASK = (SPECIALS.index(name) for name in ("[CLS]", "[SEP]", "[MASK]"))
+FIRST_CONTENT = len(SPECIALS)  # token ids below it are special
 
 
 class Masking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ class Metrics:
         log("  ".join(shown))
 
     def flush(self) -> None:
-        """Called with every checkpoint, so that what the restored step needs is there."""
+        """Called before every checkpoint: what is older than a committed step is not written again."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         self._board.flush()
 
     def close(self) -> None:

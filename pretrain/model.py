@@ -23,7 +23,7 @@ import kernels
 class ModelConfig(BaseModel):
     """Size and regularisation of the encoder. Keys are those of the published config.json; the defaults are its values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocab_size: int = Field(4096, ge=6, le=65536)  # tokens are stored as uint16; the first five are special
     hidden_size: int = Field(768, ge=1)

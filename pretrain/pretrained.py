@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.cli import InputError, one_line
-from data_prep.pack import SPECIALS
+from data_prep.dataset import SPECIALS
 from pretrain import checkpoint
 from pretrain.model import MaskedLanguageModel, ModelConfig
 

@@ -6,66 +6,49 @@ ranks there are now; a finished run is left as it is. See `docs/design.md` for w
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import math
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import torch.distributed as dist
 
-from data_prep.cli import (
-    BAD_INPUT,
-    DONE,
-    FAILED,
-    RUN_AGAIN,
-    InputError,
-    StopRequested,
-    dump_json,
-    log,
-    one_line,
-    write_atomically,
-)
-from data_prep.dataset import Dataset
-from pretrain import checkpoint, zero_state
-from pretrain.config import Config, parse_config, refuse_changes
+from data_prep.cli import InputError, StopRequested, dump_json, log
+from pretrain import checkpoint, run_directory, zero_state
+from pretrain.config import Config
 from pretrain.distributed import StopSignal, World, environment_rank, start
 from pretrain.engine import build_engine, gradient_norm_before_step, learning_rate, set_learning_rate
-from pretrain.loader import Loader, open_dataset
+from pretrain.loader import Loader, MaskedBatch, open_dataset
 from pretrain.metrics import Metrics
+
+NO_CHECKPOINT, UNUSABLE = -1, -2  # what rank 0 shares instead of a step
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run until `train.max_steps` or `train.stop_at_step`; returns step, last loss and where the checkpoint is.
+    """Run until `train.max_steps` or `train.stop_at_step`; returns the step, the last loss and the number of ranks.
 
-    Writes RUN_DIR/exit.json in every case that leaves it time to. Raises StopRequested after SIGTERM or SIGUSR1, with the
-    step saved, and InputError for what can't be trained on.
+    Rank 0 writes RUN_DIR/exit.json in every case that leaves it time to. Raises StopRequested after SIGTERM or SIGUSR1, with
+    the step saved, InputError for what can't be trained on, and RuntimeError when the loss is not a number any more.
     """
-    run_dir = Path(config.run_dir)
-    first = environment_rank() == 0
-    exit_path = run_dir / "exit.json"
+    run_dir, first = Path(config.run_dir), environment_rank() == 0
     if first:
-        exit_path.unlink(missing_ok=True)
-    status, reason = FAILED, ""
-    result: dict[str, Any] = {}
+        (run_dir / "exit.json").unlink(missing_ok=True)
+    failure: BaseException | None = None
     try:
         result = _Run(config, run_dir).run()
-        status, reason = DONE, "done"
-    except StopRequested as stop:
-        status, reason = RUN_AGAIN, str(stop)
-        raise
-    except InputError as error:
-        status, reason = BAD_INPUT, one_line(error)
-        raise
     except BaseException as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        failure = error
         raise
     finally:
-        if first and run_dir.is_dir():
-            saved = checkpoint.steps(run_dir)
-            record = {"status": status, "reason": reason, "checkpoint_step": saved[-1] if saved else None}
-            record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            write_atomically(exit_path, dump_json(record))
+        if first and (run_dir.is_dir() or not run_dir.exists()):
+            run_directory.write_exit(run_dir, failure)
+        if dist.is_initialized() and (failure is None or isinstance(failure, StopRequested)):
+            dist.destroy_process_group()
     return result
 
 
@@ -74,28 +57,42 @@ class _Run:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.stop = StopSignal()
-        # Everything that can be wrong with the input is found before the other ranks are waited for.
-        config, dataset = open_dataset(config)
-        self.config, self.run_dir = config, run_dir
-        _check_run_dir(config, run_dir, dataset)
+        # What is wrong with the input is found by every rank alone, before it waits for the others.
+        self.config, dataset = open_dataset(config)
+        self.run_dir = run_dir
+        run_directory.check(self.config, run_dir, dataset)
         self.world: World = start()
-        if self.world.is_first:
-            _prepare_run_dir(config, run_dir, dataset)
-        self.loader = Loader(config, dataset, self.world.rank, self.world.size)
+        self.loader = Loader(self.config, dataset, self.world.rank, self.world.size)
         # Temporaries carry it, so it must be the same on every rank: the first one's start and process.
         self.life = f"{self.world.share(int(time.time()))}-{self.world.share(os.getpid())}"
-        found = checkpoint.recover(run_dir, self.life) if self.world.is_first else None
-        step = self.world.share(-1 if found is None else found.step)
-        self.engine = build_engine(config, self.world)
-        self.step = max(step, 0)
+        found = self._find_checkpoint()
+        self.engine = build_engine(self.config, self.world)
+        self.step, self.saved_step = 0, None if found is None else found.step
         self.origin: dict[str, Any] = {}  # of an imported model; passed on from checkpoint to checkpoint
-        if step < 0:
+        if found is None:
             zero_state.reset_optimizer(self.engine)
         else:
-            self._restore(checkpoint.Checkpoint(checkpoint.step_path(run_dir, step)))
-        self.metrics = Metrics(run_dir, self.step, config.train.max_steps) if self.world.is_first else None
+            self._restore(found)
+        self.metrics = None
+        if self.world.is_first:  # only now: nothing is written for a run that can't start
+            run_directory.describe(self.config, run_dir, dataset)
+            self.metrics = Metrics(run_dir, self.step, self.config.train.max_steps)
         self.loss: float | None = None
         self._interval_tokens, self._interval_start = 0, time.perf_counter()
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The step to go on from: rank 0 looks, all ranks open what it found or fail together."""
+        step, failure = NO_CHECKPOINT, InputError("rank 0 found no checkpoint to go on from; see its message")
+        if self.world.is_first:
+            try:
+                found = checkpoint.recover(self.run_dir, self.life)
+                step = NO_CHECKPOINT if found is None else found.step
+            except InputError as error:
+                step, failure = UNUSABLE, error
+        step = self.world.share(step)
+        if step == UNUSABLE:
+            raise failure
+        return None if step == NO_CHECKPOINT else checkpoint.Checkpoint(checkpoint.step_path(self.run_dir, step))
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if "loader" in saved.state:  # an imported model has none
@@ -104,34 +101,53 @@ class _Run:
             raise InputError(f"{saved.path}: holds a model of another size or dropout than `model` in the configuration")
         self.origin = {key: saved.state[key] for key in ("imported",) if key in saved.state}
         zero_state.load(self.engine, saved)
+        self.step = saved.step
         if self.world.is_first:
             log(f"resumed from {saved.path} (saved by {saved.manifest['world_size']} ranks, here {self.world.size})")
 
     def run(self) -> dict[str, Any]:
-        train = self.config.train
+        train, validation = self.config.train, self.config.validation
         last = train.max_steps if train.stop_at_step is None else min(train.stop_at_step, train.max_steps)
-        saved_step = self.step if checkpoint.steps(self.run_dir) else None
         while self.step < last:
-            batches = self.loader.step(self.step * train.global_batch_size)
-            masked, stops = self.world.sum(sum(len(b.labels_m) for b in batches), self.stop.received is not None)
-            if stops:
-                if saved_step != self.step:
-                    self._save()
-                raise StopRequested(f"{self.stop.received or 'another rank was told to stop'}: step {self.step} is saved")
+            batches, masked = self._next_batches()
             record = self._train_step(batches, masked)
             self.step += 1
-            at = self.config.validation.every
-            validate = at > 0 and (self.step % at == 0 or self.step == last)
-            if validate or self.step % train.log_every == 0 or self.step in (1, last):
-                self._report(record, validate)
-            if self.step % self.config.checkpoint.save_every == 0 or self.step == last:
-                self._save()
-                saved_step = self.step
+            validate = validation.every > 0 and (self.step % validation.every == 0 or self.step == last)
+            report = validate or self.step % train.log_every == 0 or self.step in (1, last)
+            save = self.step % self.config.checkpoint.save_every == 0 or self.step == last
+            if report or save:
+                values = self._gather(record)
+                if report:
+                    self._report(values, validate)
+                if save:
+                    self._save()
         if self.metrics:
             self.metrics.close()
         return {"run_dir": str(self.run_dir), "step": self.step, "loss": self.loss, "ranks": self.world.size}
 
-    def _train_step(self, batches: list[Any], masked: float) -> dict[str, Any]:
+    def _next_batches(self) -> tuple[list[MaskedBatch], float]:
+        """This rank's micro batches, and the masked tokens of the global batch.
+
+        The sum that every step needs also says whether a rank was told to stop or can't read its data, so that all ranks
+        leave together. Raises StopRequested, with the step saved, or InputError.
+        """
+        batches: list[MaskedBatch] = []
+        failure: InputError | None = None
+        try:
+            batches = self.loader.step(self.step * self.config.train.global_batch_size)
+        except InputError as error:
+            failure = error
+        count = sum(len(batch.labels_m) for batch in batches)
+        masked, stops, failures = self.world.sum(count, self.stop.received is not None, failure is not None)
+        if failures:
+            raise failure or InputError("another rank can't read its data; see its message")
+        if stops:
+            if self.saved_step != self.step:
+                self._save()
+            raise StopRequested(f"{self.stop.received or 'another rank was told to stop'}: step {self.step} is saved")
+        return batches, masked
+
+    def _train_step(self, batches: list[MaskedBatch], masked: float) -> dict[str, Any]:
         """One optimizer step; returns this rank's sums, still on the device."""
         set_learning_rate(self.engine, learning_rate(self.config.optimizer, self.step, self.config.train.max_steps))
         # DeepSpeed averages over micro batches and ranks; the loss is the mean over the masked tokens of the whole batch.
@@ -148,24 +164,30 @@ class _Run:
         self._interval_tokens += sum(len(batch.packed.ids_t) for batch in batches)
         return {"loss": loss_sum, "correct": correct_sum, "masked": masked, "norm": norm}
 
-    def _report(self, record: dict[str, Any], validate: bool) -> None:
-        """Gather the sums of the step just taken from all ranks and write them down; a collective."""
+    def _gather(self, record: dict[str, Any]) -> dict[str, float]:
+        """Sums of the step just taken over all ranks; a collective. Raises RuntimeError when they are not finite."""
         loss, correct, tokens = self.world.sum(float(record["loss"]), int(record["correct"]), self._interval_tokens)
-        seconds = time.perf_counter() - self._interval_start
         norm = record["norm"] if record["norm"] is not None else float(self.engine.get_global_grad_norm())
         self.loss = loss / max(record["masked"], 1.0)
-        values = {
-            "step": self.step,
+        if not (math.isfinite(self.loss) and math.isfinite(norm)):
+            raise RuntimeError(
+                f"step {self.step}: loss {self.loss}, gradient norm {norm}; this step is not saved, the run can go on from "
+                f"step {self.saved_step or 0}, in another run_dir with a lower learning rate"
+            )
+        return {
             "loss": self.loss,
             "masked_accuracy": correct / max(record["masked"], 1.0),
             "grad_norm": norm,
             "learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.max_steps),
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens / (time.perf_counter() - self._interval_start),
         }
+
+    def _report(self, values: dict[str, float], validate: bool) -> None:
+        """Write down the step just taken; a collective when it validates."""
         if validate:
             values |= self._validate()
         if self.metrics:
-            self.metrics.write(values)
+            self.metrics.write({"step": self.step, **values})
         self._interval_tokens, self._interval_start = 0, time.perf_counter()
 
     @torch.no_grad()
@@ -185,7 +207,9 @@ class _Run:
         return {"validation_loss": loss / count, "validation_masked_accuracy": correct / count}
 
     def _save(self) -> None:
-        batch_size = self.config.train.global_batch_size
+        """Commit the current step; every rank returns when rank 0 has tidied up, so none leaves before it."""
+        if self.metrics:
+            self.metrics.flush()  # first: what is older than a committed step is never written again
         checkpoint.save(
             self.run_dir,
             step=self.step,
@@ -193,36 +217,28 @@ class _Run:
             fragments=zero_state.owned_fragments(self.engine, self.world.rank, self.world.size),
             shapes=zero_state.shapes(self.engine),
             model=self.config.model.model_dump(),
-            state={
-                "optimizer_step": self.step,
-                "loader": self.loader.state(self.step * batch_size),
-                "zero_stage": self.config.deepspeed.zero_stage,
-                "dtype": self.config.train.dtype,
-                "versions": {"torch": torch.__version__},
-                **self.origin,
-            },
+            state=self._state(),
             rank=self.world.rank,
             world_size=self.world.size,
             barrier=self.world.barrier,
         )
-        if self.metrics:
-            self.metrics.flush()
+        self.saved_step = self.step
+        if self.world.is_first:
             checkpoint.retain(self.run_dir, self.config.checkpoint.keep_last)
             log(f"saved step {self.step} in {self.run_dir / 'checkpoints'}")
+        self.world.barrier()
 
-
-def _check_run_dir(config: Config, run_dir: Path, dataset: Dataset) -> None:
-    """Refuse a directory that holds another run; every rank looks, so that none waits for one that has left."""
-    saved, tokenizer = run_dir / "config.yaml", run_dir / "tokenizer.json"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir}: run_dir is not a directory")
-    if saved.is_file():
-        refuse_changes(config, parse_config(yaml.safe_load(saved.read_text()), str(saved)), saved)
-    if tokenizer.is_file() and tokenizer.read_bytes() != dataset.tokenizer_path.read_bytes():
-        raise InputError(f"{tokenizer}: differs from the tokenizer of {dataset.path}; use another run_dir")
-
-
-def _prepare_run_dir(config: Config, run_dir: Path, dataset: Dataset) -> None:
-    """Write the resolved configuration and a copy of the tokenizer: the run explains itself wherever it is copied."""
-    write_atomically(run_dir / "tokenizer.json", dataset.tokenizer_path.read_bytes())
-    write_atomically(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    def _state(self) -> dict[str, Any]:
+        """Everything beside weights and moments: what a later loss depends on, and what made this step."""
+        packages = ("torch", "deepspeed", "numpy", "safetensors")
+        return {
+            "optimizer_step": self.step,
+            "loader": self.loader.state(self.step * self.config.train.global_batch_size),
+            "config_sha256": hashlib.sha256(dump_json(self.config.model_dump(mode="json"))).hexdigest(),
+            "zero_stage": self.config.deepspeed.zero_stage,
+            "dtype": self.config.train.dtype,
+            "device": self.world.device.type,
+            "implementations": {"kernels": "torch", "optimizer": "torch.optim.AdamW(fused=True)"},
+            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+            **self.origin,
+        }

@@ -45,11 +45,11 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dataset: Path) -> list[str]:
-    """Arguments of `pretrain train`: a model so small that starting the processes is most of a run's time."""
+    """Arguments of `pretrain train`: so little to do that starting the processes is most of a run's time."""
     return [
         "tiny",
         f"data.path={tiny_dataset}",
-        "model.hidden_size=32",
+        "model.hidden_size=256",  # so that ZeRO 3 keeps small parameters gathered and cuts the large ones (over 100,000)
         "model.intermediate_size=64",
         "train.max_steps=8",
         "train.global_batch_size=11",  # divides by no number of ranks or micro batch in use here

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from data_prep import pack
 from data_prep.cli import InputError
+from data_prep.dataset import SPECIALS
 from data_prep.pack import MINIMUM_TOKENS, Codec, Packer
 
 Sequences = list[tuple[list[int], int, int]]
@@ -85,7 +86,7 @@ def test_truncation_in_the_file_is_not_applied(tokenizer_file: Path, tmp_path: P
 
 
 def test_a_tokenizer_that_does_not_cover_acgt_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
-    specials = {name: number for number, name in enumerate(pack.SPECIALS)}
+    specials = {name: number for number, name in enumerate(SPECIALS)}
     path = edited(tokenizer_file, tmp_path / "t.json", vocab={**specials, "A": 5, "C": 6, "G": 7}, merges=[])
     codec = Codec(path)
     assert codec.encode(["ACG"])[0].tolist() == [5, 6, 7]
@@ -103,7 +104,7 @@ def test_tokenizer_files_that_cannot_be_used(tokenizer_file: Path, tmp_path: Pat
     edited(tokenizer_file, path, vocab=vocabulary, merges=[], added_tokens=[])
     with pytest.raises(InputError, match=r"has no token \[MASK\]"):
         Codec(path)
-    vocabulary = {**{name: number for number, name in enumerate(pack.SPECIALS)}, "A": 70_000}
+    vocabulary = {**{name: number for number, name in enumerate(SPECIALS)}, "A": 70_000}
     edited(tokenizer_file, path, vocab=vocabulary, merges=[])
     with pytest.raises(InputError, match=r"70001 tokens.*uint16"):
         Codec(path)

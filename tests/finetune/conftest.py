@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from data_prep.pack import SPECIALS
+from data_prep.dataset import SPECIALS
+from data_prep.tokenizer import train_bpe
 from finetune.data import Tokens, read_task, tokenize
-from finetune.sources import train_bpe
 from pretrain.model import MaskedLanguageModel, ModelConfig, initialize
 
 Row = tuple[str, int | str]

@@ -93,6 +93,24 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_is_used(
     assert checkpoint.steps(tmp_path) == [1]
 
 
+def test_where_no_step_is_whole_nothing_is_touched(tmp_path: Path) -> None:
+    for step in (1, 2):
+        damage_tensors(save(tmp_path, step))
+    with pytest.raises(InputError, match="2 steps, none whole, nothing was changed"):
+        checkpoint.recover(tmp_path, "life")
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_step_of_another_format_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    save(tmp_path, 2)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="format_version 2, this code reads 1"):
+        checkpoint.recover(tmp_path, "life")
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)

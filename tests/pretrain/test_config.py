@@ -31,6 +31,8 @@ def test_overrides_replace_values_and_make_sections() -> None:
         ("train.max_steps", ["key.sub=value"]),
         ("run_dir.x=1", ["run_dir"]),
         ("train.dtype=fp16", ["train.dtype"]),
+        ("optimizer.betas=[0.9,1.5]", ["optimizer.betas"]),
+        ("optimizer.learning_rate=inf", ["optimizer.learning_rate"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, words: list[str]) -> None:

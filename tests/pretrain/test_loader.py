@@ -60,6 +60,16 @@ def test_a_batch_holds_the_stored_sequences_between_cls_and_sep(tiny_config: lis
         assert ids[1:-1].tolist() == stored.tolist()
 
 
+@pytest.mark.parametrize("batch", [2, 3, 8, 11])
+def test_blocks_in_use_stay_in_memory(tiny_config: list[str], batch: int) -> None:
+    ours = loader(tiny_config, 0, 1, f"train.global_batch_size={batch}")
+    for position in range(0, ours.order.epoch_length - batch, batch):
+        ours.step(position)
+    shards = ours.dataset.split("train").shards
+    # A stream that begins inside a block reads it again: at most one block a stream more than there are.
+    assert ours._train._block.cache_info().misses <= shards["blocks"].sum() + ours.order.streams
+
+
 def test_validation_is_the_same_on_any_ranks_and_draws_no_dropout(tiny_config: list[str]) -> None:
     def labels(ranks: int) -> list[int]:
         each = [list(loader(tiny_config, rank, ranks).validation()) for rank in range(ranks)]

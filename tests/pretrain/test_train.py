@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,8 +122,8 @@ def test_gradients_of_a_global_batch_do_not_depend_on_the_ranks(tiny_config: lis
     gradients = []
     for ranks in (1, 2, 3):
         out = tmp_path / f"{ranks}.pt"
-        # Micro batches of 2: on three ranks one of them ends with an empty one.
-        arguments = [*tiny_config, "train.micro_batch_size=2", f"run_dir={tmp_path / f'run{ranks}'}"]
+        # 11 rows: three ranks take 3, 4 and 4, so the first one ends with an empty micro batch.
+        arguments = [*tiny_config, "train.micro_batch_size=3", f"run_dir={tmp_path / f'run{ranks}'}"]
         done = python(WORKERS / "gradient_worker.py", out, *arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr
         gradients.append(torch.load(out))
@@ -156,15 +158,67 @@ def test_a_stop_signal_saves_the_step_and_leaves_with_75(
 
 
 def test_bad_input_ends_with_2_and_one_line(tiny_config: list[str], uninterrupted: Path, tmp_path: Path) -> None:
-    for overrides, words in [
-        (["train.max_step=3"], "did you mean train.max_steps?"),
-        ([f"data.path={tmp_path}"], f"{tmp_path / 'manifest.json'}: not found"),
-        (["model.vocab_size=4096"], "set model.vocab_size=512"),
-        ([f"run_dir={uninterrupted}", "train.seed=9"], "train.seed is 9, was 0"),
+    fresh, started = tmp_path / "fresh", copy_at(6, uninterrupted, tmp_path / "started")
+    for run_dir, override, words in [
+        (fresh, "train.max_step=3", "did you mean train.max_steps?"),
+        (fresh, f"data.path={tmp_path}", f"{tmp_path / 'manifest.json'}: not found"),
+        (fresh, "data.tokenizer=/no/such.json", "/no/such.json: No such file"),
+        (fresh, "model.vocab_size=4096", "set model.vocab_size=512"),
+        (started, "train.seed=9", "train.seed is 9, was 0"),
     ]:
-        done = pretrain("train", *tiny_config, f"run_dir={tmp_path / 'run'}", *overrides, status=2)
+        done = pretrain("train", *tiny_config, f"run_dir={run_dir}", override, status=2)
         assert words in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "run" / "checkpoints").exists()
+        if "max_step=" not in override:  # without a configuration there is no run
+            assert exit_status(run_dir) == 2
+    assert [path.name for path in fresh.iterdir()] == ["exit.json"]
+
+
+def test_a_run_that_never_saved_may_be_corrected(tiny_config: list[str], tmp_path: Path) -> None:
+    explodes = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "optimizer.gradient_clipping=0"]
+    arguments = ["train", *tiny_config, f"run_dir={tmp_path}", "train.max_steps=2", "checkpoint.save_every=1"]
+    lost = pretrain(*arguments, *explodes, "train.max_steps=4", "checkpoint.save_every=4", status=1)
+    assert "this step is not saved" in lost.stderr
+    assert checkpoint.steps(tmp_path) == [] and exit_status(tmp_path) == 1
+    pretrain(*arguments)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_run_with_no_whole_checkpoint_is_not_started_again(
+    tiny_config: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run_dir = copy_at(8, uninterrupted, tmp_path / "run")
+    for step in checkpoint.steps(run_dir):
+        next(checkpoint.step_path(run_dir, step).glob("*.safetensors")).write_bytes(b"")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    python("-m", "pretrain", "train", *tiny_config, f"run_dir={run_dir}", ranks=2)
+    assert exit_status(run_dir) == 2
+    assert checkpoint.steps(run_dir) == [6, 8] and (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_block_that_one_rank_can_not_read_ends_all_ranks(
+    tiny_config: list[str], tiny_dataset: Path, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, dataset)
+    for tar in (dataset / "train").glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[600] ^= 1  # in the first block
+        tar.write_bytes(data)
+    done = python("-m", "pretrain", "train", *tiny_config, f"data.path={dataset}", f"run_dir={tmp_path / 'run'}", ranks=2)
+    assert done.returncode == 1 and "is damaged (crc32 differs)" in done.stderr
+    assert exit_status(tmp_path / "run") == 2
+
+
+def test_the_deepspeed_launcher_starts_it(tiny_config: list[str], tmp_path: Path) -> None:
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={port}", "--module", "pretrain"]
+    arguments = ["train", *tiny_config, f"run_dir={tmp_path}", "train.max_steps=1"]
+    done = python("-m", "deepspeed.launcher.launch", *launcher, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.Checkpoint(checkpoint.step_path(tmp_path, 1)).manifest["world_size"] == 2
 
 
 def test_another_dataset_is_refused_on_resume(

@@ -1,0 +1,45 @@
+"""The small files of a run directory: config.yaml, tokenizer.json and exit.json."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+
+from data_prep.cli import DONE, InputError, dump_json, exit_status, one_line, write_atomically
+from data_prep.dataset import Dataset
+from pretrain import checkpoint
+from pretrain.config import Config, parse_config, read_yaml, refuse_changes
+
+
+def check(config: Config, run_dir: Path, dataset: Dataset) -> None:
+    """Raise InputError when the directory holds a run that was started otherwise.
+
+    Every rank looks, so that none waits for one that has left. A run that has committed no step may still change anything.
+    """
+    saved, tokenizer = run_dir / "config.yaml", run_dir / "tokenizer.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{run_dir}: run_dir is not a directory")
+    if saved.is_file() and any(step > 0 for step in checkpoint.steps(run_dir)):
+        refuse_changes(config, parse_config(read_yaml(saved), str(saved)), saved)
+    if tokenizer.is_file() and tokenizer.read_bytes() != dataset.tokenizer_path.read_bytes():
+        raise InputError(f"{tokenizer}: differs from the tokenizer of {dataset.path}; use another run_dir")
+
+
+def describe(config: Config, run_dir: Path, dataset: Dataset) -> None:
+    """Write the resolved configuration and a copy of the tokenizer: the run explains itself wherever it is copied."""
+    write_atomically(run_dir / "tokenizer.json", dataset.tokenizer_path.read_bytes())
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def write_exit(run_dir: Path, error: BaseException | None) -> None:
+    """Write how this life of the run ended, for scripts: torchrun turns every status but 0 into 1."""
+    saved = checkpoint.steps(run_dir)
+    record = {
+        "status": DONE if error is None else exit_status(error),
+        "reason": "done" if error is None else one_line(error) or type(error).__name__,
+        "checkpoint_step": saved[-1] if saved else None,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_atomically(run_dir / "exit.json", dump_json(record))
