@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from data_prep.dataset import SPECIALS
 from data_prep.genomes import Genome, find_genomes, read_regions
 
 WINDOW_BASES = 1_000
+_ACGT = re.compile("[ACGT]+")
 MINIMUM_WINDOW_BASES = 100  # the last window of a contig may be shorter than the others, down to this
 SAMPLE_BASES = 50_000_000
 VOCAB_SIZE = 4096
@@ -70,7 +72,8 @@ def train(
 def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 0) -> Tokenizer:
     """A BPE of at most `vocab_size` tokens with the ids of the published one: five special tokens, A, C, G, T, merges.
 
-    `texts` have no letter but A, C, G, T; a pair of tokens is merged when it occurs `min_frequency` times.
+    Trained on the runs of A, C, G, T in `texts`, so that other letters are unknown, as they are to the published one. A pair
+    of tokens is merged when it occurs `min_frequency` times.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,7 +85,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 0) -> 
         min_frequency=min_frequency,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.train_from_iterator((run for text in texts for run in _ACGT.findall(text)), trainer=trainer)
     return tokenizer
 
 

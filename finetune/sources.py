@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +71,7 @@ def _tiny(train_sequences: Iterable[str]) -> Source:
     preset = PRESETS / "tiny.yaml"
     config = ModelConfig.model_validate(yaml.safe_load(preset.read_text())["model"])
     log(f"training a BPE of up to {config.vocab_size} tokens on the task's own training sequences")
-    # Runs of A, C, G, T: other letters are unknown, as they are to the published tokenizer.
-    runs = (run for sequence in train_sequences for run in re.findall("[ACGT]+", sequence))
-    tokenizer = train_bpe(runs, config.vocab_size, MINIMUM_OCCURRENCES)
+    tokenizer = train_bpe(train_sequences, config.vocab_size, MINIMUM_OCCURRENCES)
     config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
     return Source(
         label=RANDOM,

@@ -104,3 +104,12 @@ def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--vocab-size 8"):
         tokenizer.train(tmp_path, tmp_path / "t.json", vocab_size=8)
     assert not (tmp_path / "t.json").exists()
+
+
+def test_bpe_has_the_published_ids_and_knows_four_letters():
+    trained = tokenizer.train_bpe(["ACGTNNNNACGT", "acgtACGT"] * 20, 12)
+    vocabulary = trained.get_vocab()
+    first = sorted(vocabulary, key=vocabulary.__getitem__)[:9]
+    assert first == ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "A", "C", "G", "T"]
+    assert len(vocabulary) == 12
+    assert trained.encode("NNa").ids == [0, 0, 0]

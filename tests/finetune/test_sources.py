@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from data_prep.cli import InputError
-from finetune.sources import open_source, train_bpe
+from finetune.sources import open_source
 
 
 def test_a_checkpoint_gives_weights_tokenizer_and_name(huggingface, small_config):
@@ -41,12 +41,3 @@ def test_like_needs_random():
 def test_what_is_not_a_model_is_named(tmp_path):
     with pytest.raises(InputError, match=str(tmp_path)):
         open_source(str(tmp_path), None, [])
-
-
-def test_bpe_has_the_published_ids_and_knows_four_letters():
-    tokenizer = train_bpe(["ACGTNNNNACGT", "acgtACGT"] * 20, 12)
-    vocabulary = tokenizer.get_vocab()
-    first = sorted(vocabulary, key=vocabulary.__getitem__)[:9]
-    assert first == ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "A", "C", "G", "T"]
-    assert len(vocabulary) == 12
-    assert tokenizer.encode("NNa").ids == [0, 0, 0]
