@@ -22,30 +22,10 @@ from tests.pretrain.directories import (
     WORDS,
     assert_weights,
     build_model,
-    make_run,
     write_tokenizer,
 )
 
 LENGTHS = [9, 1, 30, 4]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model()
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("run")
-    make_run(path, model)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, run_dir):
-    out = tmp_path_factory.mktemp("exported") / "model"
-    export_run(run_dir, out)
-    return out
 
 
 def test_an_exported_directory_is_complete(exported, run_dir, model):

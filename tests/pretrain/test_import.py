@@ -20,30 +20,9 @@ from tests.pretrain.directories import (
     TIED,
     WORDS,
     assert_weights,
-    build_model,
     make_published,
-    make_run,
     write_tokenizer,
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model()
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("run")
-    make_run(path, model)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, run_dir):
-    out = tmp_path_factory.mktemp("exported") / "model"
-    export_run(run_dir, out)
-    return out
 
 
 @pytest.fixture
