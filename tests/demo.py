@@ -147,7 +147,7 @@ bases read         {sharded["bases_in"]:>14,}   kept {sharded["bases_kept"]:,}
 tokens             {tokens["train"] + tokens["valid"]:>14,}   train {tokens["train"]:,}, valid {tokens["valid"]:,}
 steps              {records[-1]["step"]:>14,}   on {RANKS} processes, killed after step {killed_at} and resumed
 loss, first        {records[0]["loss"]:>14.4f}
-loss, last         {records[-1]["loss"]:>14.4f}   validation {records[-1]["validation_loss"]:.4f}
+loss, last         {records[-1]["loss"]:>14.4f}   validation {records[-1].get("validation_loss", float("nan")):.4f}
 tokens a second    {speeds[len(speeds) // 2]:>14,.0f}   median of training
 MCC pre-trained    {pretrained["test_mcc"]:>14.4f}   {task.parent.name}/{task.name}, test split, seed 0
 MCC random         {random["test_mcc"]:>14.4f}   the same encoder without pre-training (one seed: no proof)
