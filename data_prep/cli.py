@@ -22,6 +22,7 @@ from tqdm import tqdm
 DONE = 0  # the command did what it was asked to
 FAILED = 1  # any failure that is not one of the others
 BAD_INPUT = 2  # the input or the configuration is wrong: running again cannot help
+HUNG = 70  # waited in vain for a file or another rank: running again may help
 RUN_AGAIN = 75  # stopped on request after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells say it
 
@@ -33,6 +34,10 @@ class InputError(Exception):
 
 
 BAD_INPUT_ERRORS = (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class Hung(Exception):
+    """Something that had to come did not come in time. The message names it."""
 
 
 class StopRequested(Exception):
@@ -121,6 +126,8 @@ def exit_status(error: BaseException) -> int:
         return RUN_AGAIN
     if isinstance(error, BAD_INPUT_ERRORS):
         return BAD_INPUT
+    if isinstance(error, Hung):
+        return HUNG
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 

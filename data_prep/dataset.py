@@ -13,10 +13,10 @@ A tar sample is a block of up to 1,024 sequences, because a tar header costs mor
     <shard>-<block>.lengths.npy  uint16 [sequences]    how many tokens each sequence has
     <shard>-<block>.source.npy   int64  [sequences, 3] contig number, start (0-based, forward strand), strand (+1, -1)
 
-[CLS] and [SEP] are not stored; the loader adds them. A shard holds one unit of work of one species and carries the
-unit's number; a unit whose bases all fall into the other split has no shard here, so the numbers may have gaps. All
-arrays are numeric, little-endian and read with allow_pickle=False. Equal input gives equal bytes: tar members have
-mtime 0.
+All blocks of a shard but the last hold exactly 1,024 sequences; readers rely on it to find a sequence. [CLS] and [SEP]
+are not stored; the loader adds them. A shard holds one unit of work of one species and carries the unit's number; a unit
+whose bases all fall into the other split has no shard here, so the numbers may have gaps. All arrays are numeric and
+little-endian; tables are read with allow_pickle=False. Equal input gives equal bytes: tar members have mtime 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import hashlib
 import io
 import json
 import os
-import tarfile
+import re
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -37,11 +37,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.cli import InputError, write_atomically
+from data_prep.storage import Cache, DamagedBlock, LocalStorage, Storage, open_storage
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")  # ids 0 to 4 of every tokenizer; content tokens follow
 REQUIRED = ("tokenizer", "sequence_length", "order", "splits", "species", "files")  # keys of the manifest
+NEEDED = ("tokenizer.json", *(f"{split}/shards.npy" for split in SPLITS))  # files of the manifest that training needs
 SEQUENCES_PER_BLOCK = 1024
 SHARD_ROW = np.dtype(
     [
@@ -60,15 +62,16 @@ BLOCK_ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("sequences", "<u4"), 
 
 @dataclass(frozen=True)
 class Block:
-    """Up to 1,024 sequences; `bounds` has one entry more than there are sequences."""
+    """Up to 1,024 sequences, as they are stored. The arrays can't be written to: they are views of the bytes read."""
 
     tokens: NDArray[np.uint16]  # [tokens]
-    bounds: NDArray[np.int64]  # [sequences + 1] where each sequence starts and ends in `tokens`
+    lengths: NDArray[np.uint16]  # [sequences]
     source: NDArray[np.int64]  # [sequences, 3]
 
     def sequence(self, number: int) -> NDArray[np.uint16]:
         """Content tokens of one sequence, without [CLS] and [SEP]."""
-        return self.tokens[self.bounds[number] : self.bounds[number + 1]]
+        start = int(self.lengths[:number].sum(dtype=np.int64))
+        return self.tokens[start : start + int(self.lengths[number])]
 
 
 class ShardWriter:
@@ -148,80 +151,121 @@ class ShardWriter:
 
 
 class Split:
-    """One split of a finished dataset, read by index: shard row -> block -> sequence."""
+    """One split of a finished dataset, read by index: shard row -> block -> sequence. For any number of threads."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.shards: NDArray[np.void] = np.load(directory / "shards.npy", mmap_mode="r", allow_pickle=False)
+    def __init__(self, storage: Storage, name: str, sha256: str) -> None:
+        """`sha256` is that of the split's shards.npy."""
+        self.storage, self.name = storage, name
+        path = storage.file(f"{name}/shards.npy", sha256)
+        self.shards: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
         if self.shards.dtype != SHARD_ROW:
-            raise InputError(f"{directory / 'shards.npy'}: not a shard table of format {FORMAT_VERSION}; shard again")
-        # Tables of 40 bytes a block; 4,096 of them are the working set of the largest number of streams.
+            where = storage.describe(f"{name}/shards.npy")
+            raise InputError(f"{where}: not a shard table of format {FORMAT_VERSION}; shard again")
+        # Tables of 28 bytes a block; 4,096 of them are the working set of the largest number of streams.
         self.blocks = lru_cache(maxsize=4096)(self._blocks)
+
+    def _file(self, row: int, ending: str) -> str:
+        return f"{self.name}/{int(self.shards['shard'][row]):06d}.{ending}"
 
     def _blocks(self, row: int) -> NDArray[np.void]:
         """The shard's block table (BLOCK_ROW)."""
-        path = self.directory / f"{int(self.shards['shard'][row]):06d}.index.npy"
+        shard, name = self.shards[row], self._file(row, "index.npy")
+        path = self.storage.file(name, shard["index_sha256"].tobytes().hex())
         table: NDArray[np.void] = np.load(path, allow_pickle=False)
-        if table.dtype != BLOCK_ROW or len(table) != self.shards["blocks"][row]:
-            raise InputError(f"{path}: does not match its row {row} of shards.npy; shard this unit again")
+        if not (
+            table.dtype == BLOCK_ROW
+            and len(table) == shard["blocks"]
+            and (table["sequences"][:-1] == SEQUENCES_PER_BLOCK).all()
+            and table["sequences"].sum() == shard["sequences"]
+        ):
+            where = self.storage.describe(name)
+            raise InputError(f"{where}: does not match its row {row} of shards.npy; shard this unit again")
         return table
+
+    def describe_block(self, row: int, block: int) -> str:
+        """Where the block lies, for messages."""
+        offset = self.blocks(row)["offset"][block]
+        return f"{self.storage.describe(self._file(row, 'tar'))}: block {block} at offset {offset}"
 
     def read_block(self, row: int, block: int) -> Block:
         """Read and check one block by its byte range.
 
-        Raises InputError naming shard, block and offset when the bytes are not those that were written.
+        Raises DamagedBlock naming shard, block and offset when the bytes are not those that were written, OSError when
+        reading failed for a reason that may pass.
         """
-        entry = self.blocks(row)[block]
-        path = self.directory / f"{int(self.shards['shard'][row]):06d}.tar"
-        with path.open("rb") as stream:
-            stream.seek(int(entry["offset"]))
-            data = stream.read(int(entry["size"]))
-        if len(data) != entry["size"] or zlib.crc32(data) != entry["crc32"]:
-            raise InputError(f"{path}: block {block} at offset {entry['offset']} is damaged (crc32 differs); shard again")
-        arrays = {}
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                contents = tar.extractfile(member)
-                assert contents is not None  # the crc covers the headers: every member is a regular file
-                name = member.name.split(".", 1)[1]
-                arrays[name] = np.load(io.BytesIO(contents.read()), allow_pickle=False)
-        bounds = np.concatenate([[0], np.cumsum(arrays["lengths.npy"], dtype=np.int64)])
-        return Block(arrays["tokens.npy"], bounds, arrays["source.npy"])
+        entry, key = self.blocks(row)[block], self.shards["sha256"][row].tobytes().hex()
+        offset, size, crc32 = (int(entry[field]) for field in ("offset", "size", "crc32"))
+        try:
+            data = self.storage.read(self._file(row, "tar"), offset, size, crc32, key)
+        except DamagedBlock as error:
+            raise DamagedBlock(self.describe_block(row, block), error.reason) from None
+        return parse_block(data)
+
+
+def parse_block(data: bytes) -> Block:
+    """The block of a tar sample, whose crc was checked before.
+
+    Walks the 512-byte tar headers by itself: for 290 kB this takes 0.01 ms, tarfile and np.load together 0.2 ms, which is
+    more than reading (0.03) and crc32 (0.1).
+    """
+    arrays: dict[bytes, NDArray[Any]] = {}
+    start = 0
+    while start < len(data):
+        name = data[start : start + 100].rstrip(b"\0").split(b".")[1]
+        size, start = int(data[start + 124 : start + 135], 8), start + 512
+        header = 10 + int.from_bytes(data[start + 8 : start + 10], "little")  # of the .npy: its length stands at 8
+        dtype = np.dtype("<i8" if name == b"source" else "<u2")
+        arrays[name] = np.frombuffer(data, dtype, (size - header) // dtype.itemsize, start + header)
+        start += -(-size // 512) * 512
+    return Block(arrays[b"tokens"], arrays[b"lengths"], arrays[b"source"].reshape(-1, 3))
 
 
 class Dataset:
-    """A finished dataset directory. Opening it checks the manifest and the sums of the files that it lists."""
+    """A finished dataset, in a directory or at a URL (`data_prep.storage` says which; `cache` is for URLs).
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        manifest_path = self.path / "manifest.json"
-        if not manifest_path.is_file():
-            raise InputError(f"{manifest_path}: not found; `python -m data_prep shard` (and `finalize`) writes it last")
-        data = manifest_path.read_bytes()
+    Opening checks the manifest and, in a directory, the sums of the small files that training needs. All other files are
+    checked when they are first used.
+    """
+
+    def __init__(self, path: str | Path, cache: Cache | None = None) -> None:
+        self.storage = open_storage(path, cache)
+        self.path = self.storage.location
+        where = self.storage.describe("manifest.json")
+        try:
+            data = self.storage.read_whole("manifest.json")
+        except FileNotFoundError:
+            raise InputError(f"{where}: not found; `python -m data_prep shard` (and `finalize`) writes it last") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self.manifest: dict[str, Any] = json.loads(data)
             version = self.manifest["format_version"]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{manifest_path}: not a dataset manifest; shard again") from None
+            raise InputError(f"{where}: not a dataset manifest; shard again") from None
         if version != FORMAT_VERSION:
-            raise InputError(f"{manifest_path}: format_version {version}, this code reads {FORMAT_VERSION}; shard again")
+            raise InputError(f"{where}: format_version {version}, this code reads {FORMAT_VERSION}; shard again")
         missing = [key for key in REQUIRED if key not in self.manifest]
+        sums = self.manifest.get("files", {})
+        # A sum is a file's name in the cache: what is no sum must not get that far.
+        missing += [name for name in NEEDED if not re.fullmatch("[0-9a-f]{64}", str(sums.get(name)))]
         if missing:
-            raise InputError(f"{manifest_path}: has no {', '.join(missing)}; it is not whole, shard again")
-        for name, digest in self.manifest["files"].items():
-            if file_sha256(safe_join(self.path, name)) != digest:
-                raise InputError(f"{self.path / name}: sha256 differs from manifest.json; shard again")
+            raise InputError(f"{where}: has no {', '.join(missing)}; it is not whole, shard again")
+        if isinstance(self.storage, LocalStorage):
+            for name in NEEDED:
+                self._file(name)
+
+    def _file(self, name: str) -> Path:
+        return self.storage.file(name, self.manifest["files"][name])
 
     def split(self, name: str) -> Split:
         """`train` or `valid`."""
         if name not in SPLITS:
             raise InputError(f"{self.path}: no split {name!r}, there are {', '.join(SPLITS)}")
-        return Split(self.path / name)
+        return Split(self.storage, name, self.manifest["files"][f"{name}/shards.npy"])
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / "tokenizer.json"
+        """A local path of tokenizer.json."""
+        return self._file("tokenizer.json")
 
 
 def safe_join(root: Path, relative: str) -> Path:

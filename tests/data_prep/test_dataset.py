@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -12,6 +13,7 @@ import pytest
 
 from data_prep.cli import InputError
 from data_prep.dataset import SHARD_ROW, Dataset, ShardWriter, Split, file_sha256, npy_bytes, safe_join
+from data_prep.storage import DamagedBlock, open_storage
 
 
 def write(directory: Path, sequences: int) -> tuple[np.void | None, list[np.ndarray]]:
@@ -23,20 +25,30 @@ def write(directory: Path, sequences: int) -> tuple[np.void | None, list[np.ndar
     return writer.close(), tokens
 
 
+def opened(directory: Path, row: np.void | None) -> Split:
+    """A split of the one shard in `directory`."""
+    table = npy_bytes(np.array([row], dtype=SHARD_ROW))
+    (directory / "shards.npy").write_bytes(table)
+    return Split(open_storage(directory.parent), directory.name, hashlib.sha256(table).hexdigest())
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     row, tokens = write(tmp_path, 2500)
     assert row is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000007.index.npy", "000007.tar"]
-    (tmp_path / "shards.npy").write_bytes(npy_bytes(np.array([row], dtype=SHARD_ROW)))
     assert (row["shard"], row["species"], row["blocks"], row["sequences"]) == (7, 3, 3, 2500)
     assert row["tokens"] == sum(map(len, tokens))
     assert bytes(row["sha256"]).hex() == file_sha256(tmp_path / "000007.tar")
     assert bytes(row["index_sha256"]).hex() == file_sha256(tmp_path / "000007.index.npy")
     assert row["bytes"] == (tmp_path / "000007.tar").stat().st_size
-    split = Split(tmp_path)
+    split = opened(tmp_path, row)
     assert split.blocks(0)["sequences"].tolist() == [1024, 1024, 452]
+    blocks = [split.read_block(0, number) for number in range(3)]
+    assert [block.lengths.tolist() for block in blocks] == [
+        [len(each) for each in tokens[start : start + 1024]] for start in (0, 1024, 2048)
+    ]
     for number, each in enumerate(tokens):
-        block = split.read_block(0, number // 1024)
+        block = blocks[number // 1024]
         assert np.array_equal(block.sequence(number % 1024), each)
         assert block.source[number % 1024].tolist() == [number % 5, 10 * number, 1]
 
@@ -74,17 +86,38 @@ def test_plain_tar_and_webdataset_read_the_shards(dataset: Path) -> None:
     assert sequences == Dataset(dataset).manifest["splits"]["train"]["sequences"]
 
 
-def test_a_flipped_byte_is_found_where_it_is(tmp_path: Path) -> None:
+def test_damage_of_a_shard_is_found_where_it_is(tmp_path: Path) -> None:
+    split = opened(tmp_path, write(tmp_path, 1500)[0])
+    path, offset = tmp_path / "000007.tar", int(split.blocks(0)["offset"][1])
+    assert split.describe_block(0, 1) == f"{path}: block 1 at offset {offset}"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[offset + 1000] ^= 1
+    for data, reason in ((bytes(flipped), "crc32 differs"), (whole[: offset + 7], "7 of [0-9]+ bytes")):
+        path.write_bytes(data)
+        split.read_block(0, 0)
+        with pytest.raises(DamagedBlock, match=rf"000007\.tar: block 1 at offset {offset} is damaged \({reason}\)"):
+            split.read_block(0, 1)
+    path.unlink()
+    with pytest.raises(DamagedBlock, match=r"000007\.tar: block 0 at offset 0 is damaged \(file not found\)"):
+        split.read_block(0, 0)
+
+
+def test_a_block_table_must_be_the_recorded_one(tmp_path: Path) -> None:
     row, _ = write(tmp_path, 1500)
-    (tmp_path / "shards.npy").write_bytes(npy_bytes(np.array([row], dtype=SHARD_ROW)))
-    path = tmp_path / "000007.tar"
-    data = bytearray(path.read_bytes())
-    data[int(Split(tmp_path).blocks(0)["offset"][1]) + 1000] ^= 1
-    path.write_bytes(data)
-    split = Split(tmp_path)
-    split.read_block(0, 0)
-    with pytest.raises(InputError, match=r"000007\.tar: block 1 at offset \d+ is damaged"):
-        split.read_block(0, 1)
+    assert row is not None
+    path = tmp_path / "000007.index.npy"
+    table = np.load(path)
+    table["sequences"] = [1000, 500]  # as many, but not 1,024 in all blocks but the last
+    path.write_bytes(npy_bytes(table))
+    with pytest.raises(InputError, match=r"000007\.index\.npy: sha256 differs"):
+        opened(tmp_path, row).blocks(0)
+    for sequences in ([1000, 500], [1024, 477]):
+        table["sequences"] = sequences
+        path.write_bytes(npy_bytes(table))
+        row["index_sha256"] = np.frombuffer(hashlib.sha256(npy_bytes(table)).digest(), np.uint8)
+        with pytest.raises(InputError, match=r"000007\.index\.npy: does not match its row 0"):
+            opened(tmp_path, row).blocks(0)
 
 
 def test_opening_checks_the_small_files(dataset: Path, tmp_path: Path) -> None:
@@ -98,10 +131,20 @@ def test_opening_checks_the_small_files(dataset: Path, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest))
     Dataset(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    with pytest.raises(InputError, match=r"tokenizer\.json: sha256 differs"):
-        Dataset(tmp_path)
-    for contents, words in ((b"no json", "not a dataset manifest"), (b'{"format_version": 99}', "format_version 99")):
+    (tmp_path / "train" / "contigs.tsv").unlink()  # training does not need it
+    assert Dataset(str(tmp_path)).path == tmp_path
+    for name in ("tokenizer.json", "valid/shards.npy"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"{}")
+        with pytest.raises(InputError, match=f"{name}: sha256 differs"):
+            Dataset(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    outside = json.dumps({**manifest, "files": {**manifest["files"], "tokenizer.json": "../../elsewhere"}}).encode()
+    for contents, words in (
+        (b"no json", "not a dataset manifest"),
+        (b'{"format_version": 99}', "format_version 99"),
+        (outside, r"has no tokenizer\.json"),
+    ):
         path.write_bytes(contents)
         with pytest.raises(InputError, match=words):
             Dataset(tmp_path)
