@@ -36,7 +36,7 @@ _MULTIPLY_2 = _signed(0x94D049BB133111EB)
 
 # First children of the seed, one a purpose. The numbers are part of what a run means: never reuse one. Those from 32 on are
 # fine-tuning's and stand in `finetune`.
-PURPOSE_SHARDS, PURPOSE_WINDOWS, PURPOSE_MASKS, PURPOSE_DROPOUT = 1, 2, 3, 4
+PURPOSE_SHARDS, PURPOSE_WINDOWS, PURPOSE_MASKS, PURPOSE_DROPOUT, PURPOSE_SPECIES = 1, 2, 3, 4, 5
 
 
 def fork(key: Words | int, n: Words | int) -> Words:

@@ -25,9 +25,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class SamplingConfig(Section):
+    """Shares of the species in an epoch, which always has as many sequences as the training split.
+
+    With either key, a species' sequences come at most once in each pass over the species, and passes need not end with
+    epochs.
+    """
+
+    # A species of n sequences gets a share in proportion to n^(1 / temperature). 1: every sequence once an epoch; more:
+    # closer to equal shares.
+    temperature: float = Field(1.0, gt=0)
+    # Shares by name of a species or category of the manifest, in any unit; a category's is divided by size. None: by size.
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> SamplingConfig:
+        if self.weights is not None and self.temperature != 1.0:
+            raise ValueError("temperature and weights exclude each other")
+        return self
+
+
 class DataConfig(Section):
-    path: str  # a dataset directory
+    path: str  # a dataset directory, or its URL (http, https, s3, gs)
     tokenizer: str | None = None  # a tokenizer.json that the dataset must have been made with; None: any
+    sampling: SamplingConfig = SamplingConfig()
+    start_new_epoch: bool = False  # on resume with another dataset or seed: begin an epoch of it instead of refusing
+    on_damaged_block: Literal["stop", "skip"] = "stop"  # skip: its sequences are left out and counted
+    prefetch_steps: int = Field(4, ge=1)  # how far the loader works ahead
+    read_threads: int = Field(4, ge=1)  # blocks that a rank reads at once
+    memory_gb: float = Field(8.0, gt=0)  # for open blocks, a rank; with less, blocks are read again and again
+    cache_dir: str | None = None  # for blocks of URLs, shared by the ranks of a node; None: in the user's cache directory
+    cache_gb: float = Field(20.0, gt=0)
+    stall_seconds: float = Field(900.0, gt=0)  # a rank that waited so long for data ends the run with status 70
     mask_probability: float = Field(0.15, gt=0, lt=1)  # share of content tokens that are predicted
     replace_by_mask: float = Field(0.8, ge=0, le=1)  # of those: share that becomes [MASK]
     replace_by_random: float = Field(0.1, ge=0, le=1)  # of those: share that becomes a random content token
@@ -104,6 +133,14 @@ MAY_CHANGE = frozenset(
         "run_dir",
         "data.path",  # the manifest's sum in the checkpoint says whether it is the same dataset
         "data.tokenizer",
+        "data.start_new_epoch",
+        "data.on_damaged_block",
+        "data.prefetch_steps",
+        "data.read_threads",
+        "data.memory_gb",
+        "data.cache_dir",
+        "data.cache_gb",
+        "data.stall_seconds",
         "train.stop_at_step",
         "train.micro_batch_size",
         "train.log_every",
@@ -114,6 +151,9 @@ MAY_CHANGE = frozenset(
         "deepspeed.zero_stage",
     }
 )
+
+# These too when `data.start_new_epoch` is set and the seed is another one, so that no order of training is mixed up.
+NEW_EPOCH_MAY_CHANGE = ("train.seed", "data.sampling.")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -212,6 +252,8 @@ def refuse_changes(config: Config, saved: Config, source: Path) -> None:
     """Raise InputError when a resumed run's configuration differs in a key that would change what the run means."""
     new, old = flatten(config.model_dump(mode="json")), flatten(saved.model_dump(mode="json"))
     changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key) and key not in MAY_CHANGE)
+    if config.data.start_new_epoch and config.train.seed != saved.train.seed:
+        changed = [key for key in changed if not key.startswith(NEW_EPOCH_MAY_CHANGE)]
     if changed:
         lines = ", ".join(f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed)
         raise InputError(f"{source}: this run was started with another configuration: {lines}; use another run_dir")

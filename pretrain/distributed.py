@@ -34,6 +34,12 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def max(self, value: float) -> float:
+        """The largest value of all ranks; a collective."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
     def barrier(self) -> None:
         # An all-reduce rather than dist.barrier(): NCCL's barrier guesses a device when none is bound to the group.
         self.sum(0.0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.cli import InputError
-from data_prep.dataset import Dataset, Split, file_sha256
+from data_prep.cache import Cache, default_directory
+from data_prep.cli import InputError, log
+from data_prep.dataset import SEQUENCES_PER_BLOCK, Dataset, file_sha256
 from kernels.attention import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
+from pretrain.blocks import BlockPool
 from pretrain.config import Config
 from pretrain.masking import CLS, SEP, Masking
 from pretrain.model import Packed
-from pretrain.order import Order, Place, micro_batches, rank_rows
+from pretrain.order import Order, micro_batches, rank_rows, streams_in_use
+from pretrain.sampling import draws
 
 VALIDATION_SEED = 0  # of masks: every run and every rank validates on the same tokens
+PLACES_AT_ONCE = 4096  # positions that are turned into places together: the arithmetic is cheap in bulk
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -33,123 +36,187 @@ class MaskedBatch:
     packed: Packed
     index_m: Tensor  # int64 [m], which of the packed tokens are predicted
     labels_m: Tensor  # int64 [m]
+    positions_b: Ints  # [b], of its sequences in the order of training
+    skipped: int = 0  # sequences that are missing here because their block is damaged
 
     def to(self, device: torch.device) -> MaskedBatch:
         return MaskedBatch(
             self.packed.to(device),
             self.index_m.to(device, non_blocking=True),
             self.labels_m.to(device, non_blocking=True),
+            self.positions_b,
+            self.skipped,
+        )
+
+    def pin(self) -> MaskedBatch:
+        """In memory from which a GPU copies while the CPU goes on."""
+        return MaskedBatch(
+            self.packed.pin(), self.index_m.pin_memory(), self.labels_m.pin_memory(), self.positions_b, self.skipped
         )
 
 
-class SplitReader:
-    """Sequences of a split by (shard row, sequence of the shard), with the blocks in use kept."""
+def pack(
+    tokens_bt: NDArray[np.uint16],
+    lengths_b: Ints,
+    positions_b: Ints,
+    masking: Masking | None,
+    dropout_key: int | None,
+) -> MaskedBatch:
+    """Mask sequences and lay them end to end.
 
-    def __init__(self, split: Split, cached_blocks: int) -> None:
-        self.split = split
-        self._bounds = lru_cache(maxsize=4096)(self._block_bounds)
-        self._block = lru_cache(maxsize=cached_blocks)(split.read_block)
-
-    def _block_bounds(self, row: int) -> NDArray[np.int64]:
-        return np.cumsum(self.split.blocks(row)["sequences"], dtype=np.int64)
-
-    def read(self, place: Place) -> NDArray[np.int64]:
-        """Content tokens of one sequence, int64."""
-        ends = self._bounds(place.row)
-        block = int(np.searchsorted(ends, place.sequence, side="right"))
-        first = int(ends[block - 1]) if block else 0
-        return self._block(place.row, block).sequence(place.sequence - first).astype(np.int64)
-
-
-def pack(reader: SplitReader, rows: Sequence[tuple[int, Place]], masking: Masking, dropout_key: int | None) -> MaskedBatch:
-    """Read, mask and lay end to end the sequences `rows`, pairs of (position, place).
-
-    `dropout_key` None: no dropout keys (evaluation). Token t of the sequence at position p has dropout key
-    fork(fork(dropout_key, p), t).
+    Args:
+        tokens_bt: uint16 [sequences, width], content tokens; what lies beyond a sequence's length doesn't matter.
+        lengths_b: int64 [sequences]; one of length 0 is left out and counted as skipped.
+        positions_b: int64 [sequences], of each in the order of training.
+        masking: None: nothing is masked.
+        dropout_key: token t, [CLS] being 0, of the sequence at position p gets fork(fork(dropout_key, p), t); None: no keys.
     """
-    ids: list[NDArray[np.int64]] = []
-    index: list[NDArray[np.int64]] = []
-    labels: list[NDArray[np.int64]] = []
-    keys: list[NDArray[np.int64]] = []
-    starts = [0]
-    for position, place in rows:
-        tokens = reader.read(place)
-        seen, masked = masking.apply(tokens, position)
-        ids += [np.array([CLS]), seen, np.array([SEP])]
-        index.append(masked + starts[-1] + 1)
-        labels.append(tokens[masked])
-        if dropout_key is not None:
-            keys.append(fork(fork(np.array([dropout_key]), position), np.arange(len(tokens) + 2)))
-        starts.append(starts[-1] + len(tokens) + 2)
+    skipped = int(np.count_nonzero(lengths_b == 0))
+    if skipped:
+        whole = lengths_b > 0
+        tokens_bt, lengths_b, positions_b = tokens_bt[whole], lengths_b[whole], positions_b[whole]
+    ends_b = np.cumsum(lengths_b + 2)
+    width = int(lengths_b.max(initial=0)) + 2
+    columns = np.arange(width)
+    ids_bt = np.empty((len(lengths_b), width), np.int64)
+    ids_bt[:, 0] = CLS
+    ids_bt[:, 1:-1] = tokens_bt[:, : width - 2]
+    ids_bt[np.arange(len(lengths_b)), lengths_b + 1] = SEP
+    # Where all sequences are as long as the longest, which is the usual case, there is nothing to cut away.
+    inside = slice(None) if len(lengths_b) * width == ends_b[-1:].sum() else columns < lengths_b[:, None] + 2
+
+    def flat(x_bt: NDArray[Any]) -> NDArray[Any]:
+        return x_bt[inside].reshape(-1)
+
+    index, labels, keys = np.zeros(0, np.int64), np.zeros(0, np.int64), None
+    if masking is not None:
+        chosen_bt, labels = masking.apply(ids_bt, lengths_b, positions_b)
+        index = np.flatnonzero(flat(chosen_bt))
+    if dropout_key is not None:
+        keys = torch.from_numpy(flat(fork(fork(np.array([dropout_key]), positions_b)[:, None], columns)))
     packed = Packed(
-        ids_t=_join(ids),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        max_seqlen=int(np.diff(starts).max(initial=0)),
-        dropout_keys_t=None if dropout_key is None else _join(keys),
+        ids_t=torch.from_numpy(flat(ids_bt)),
+        cu_seqlens=torch.from_numpy(np.append(0, ends_b).astype(np.int32)),
+        max_seqlen=width if len(lengths_b) else 0,
+        dropout_keys_t=keys,
     )
-    return MaskedBatch(packed, _join(index), _join(labels))
-
-
-def _join(parts: list[NDArray[np.int64]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+    return MaskedBatch(packed, torch.from_numpy(index), torch.from_numpy(labels), positions_b, skipped)
 
 
 class Loader:
-    """The batches of one rank. Its whole state is {manifest sha256, seed, position}; the position is step * batch size."""
+    """The batches of one rank. Its whole state is {manifest sha256, seed, position}.
 
-    def __init__(self, config: Config, dataset: Dataset, rank: int, ranks: int) -> None:
-        self.dataset = dataset
-        order = self.dataset.manifest["order"]
-        train, valid = self.dataset.split("train"), self.dataset.split("valid")
-        self.order = Order(train.shards["sequences"], order["streams"], order["window_blocks"], config.train.seed)
-        self.config, self.rank, self.ranks = config, rank, ranks
-        # A row of the batch meets S / gcd(S, B) streams in turn, and an open window touches one block more than it holds.
-        size = config.train.global_batch_size
-        rows, turns = len(rank_rows(size, rank, ranks)), self.order.streams // math.gcd(self.order.streams, size)
-        open_streams = min(self.order.streams, rows * turns)
-        self._train = SplitReader(train, cached_blocks=max(1, open_streams) * (order["window_blocks"] + 1))
-        self._valid = SplitReader(valid, cached_blocks=2)
+    Args:
+        pin: batches in pinned memory, for a GPU.
+        plain: tokens only, without masks and dropout keys, to measure what those cost.
+
+    Training batches and validation batches may be asked for by two threads, each by one.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, rank: int, ranks: int, *, pin: bool = False, plain: bool = False
+    ) -> None:
+        self.dataset, self.config, self.rank, self.ranks, self.pin = dataset, config, rank, ranks, pin
+        train, valid, width = dataset.split("train"), dataset.split("valid"), dataset.manifest["sequence_length"] - 2
+        self.order = build_order(config, dataset)
+        size, window = config.train.global_batch_size, dataset.manifest["order"]["window_blocks"]
+        self._rows = np.array(rank_rows(size, rank, ranks), np.int64)
+        # A window that is not aligned with blocks touches one more than it has; a new one overlaps with the end of the last.
+        open_streams = min(self.order.streams, -(-len(self._rows) * self.order.streams // size))
+        needed = min(int(train.shards["blocks"].sum()), open_streams * (window + 1) + open_streams // 2 + 8)
+        bound = int(config.data.memory_gb * 1e9 / (2 * SEQUENCES_PER_BLOCK * width))
+        if bound < needed and rank == 0:
+            log(
+                f"data.memory_gb {config.data.memory_gb} holds {bound} blocks of the {needed} that a rank has open at once: "
+                "blocks will be read several times; give more memory or use more ranks"
+            )
+        skip, threads = config.data.on_damaged_block == "skip", config.data.read_threads
+        self.train_pool = BlockPool(train, width, max(1, min(needed, bound)), threads, skip)
+        self.valid_pool = BlockPool(valid, width, 8, 1, skip)
         self._valid_ends = np.cumsum(valid.shards["sequences"], dtype=np.int64)
         vocab_size, seed = config.model.vocab_size, config.train.seed
-        self._masking = Masking(config.data, vocab_size, seed)
+        self._masking = None if plain else Masking(config.data, vocab_size, seed)
         self._valid_masking = Masking(config.data, vocab_size, VALIDATION_SEED)
-        self._dropout_key = root_key(seed, PURPOSE_DROPOUT)
+        self._dropout_key = None if plain else root_key(seed, PURPOSE_DROPOUT)
 
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint keeps of the loader."""
         return {"manifest_sha256": self.dataset.sha256, "seed": self.config.train.seed, "position": position}
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise InputError when `state` was saved with another dataset, seed or place in the order."""
-        for key, value in self.state(state["position"]).items():
-            if state[key] != value:
-                raise InputError(
-                    f"{self.dataset.path}: the checkpoint was trained with {key} {state[key]}, this run has {value}; "
-                    "resume with the same dataset and seed, or use another run_dir"
-                )
+    def resume(self, state: dict[str, Any]) -> int:
+        """The position to go on from.
+
+        After training on another dataset or with another seed that is, with `data.start_new_epoch`, the first epoch that
+        begins at or after the old position, so that no mask or dropout key comes twice; without it, raises InputError.
+        """
+        position = int(state["position"])
+        changed = [key for key, value in self.state(position).items() if state[key] != value]
+        if not changed:
+            return position
+        now = self.state(position)
+        text = ", ".join(f"{key} {state[key]}, this run has {now[key]}" for key in changed)
+        if not self.config.data.start_new_epoch:
+            raise InputError(
+                f"{self.dataset.path}: the checkpoint was trained with {text}; resume with the same dataset and seed, use "
+                "another run_dir, or set data.start_new_epoch=true to go on with the first epoch of what is here now"
+            )
+        epoch = -(-position // self.order.epoch_length)
+        if self.rank == 0:
+            log(f"{self.dataset.path}: the checkpoint was trained with {text}; going on with the beginning of epoch {epoch}")
+        return epoch * self.order.epoch_length
+
+    def steps(self, position: int) -> Iterator[list[MaskedBatch]]:
+        """This rank's micro batches of one global batch after another, without end; the first begins at `position`."""
+        size = self.config.train.global_batch_size
+        at_once = max(1, PLACES_AT_ONCE // max(1, len(self._rows)))
+        while True:
+            positions = position + self._rows + size * np.arange(at_once)[:, None]
+            rows, sequences = self.order.places(positions.reshape(-1))
+            for step in range(at_once):
+                here = slice(step * len(self._rows), (step + 1) * len(self._rows))
+                yield self._batches(rows[here], sequences[here], positions[step])
+            position += at_once * size
 
     def step(self, position: int) -> list[MaskedBatch]:
         """This rank's micro batches of the global batch that begins at `position`; as many as any other rank has."""
-        size, micro = self.config.train.global_batch_size, self.config.train.micro_batch_size
-        positions = [position + row for row in rank_rows(size, self.rank, self.ranks)]
-        rows = [(p, self.order.place(p)) for p in positions]
-        return [
-            pack(self._train, rows[i * micro : (i + 1) * micro], self._masking, self._dropout_key)
-            for i in range(micro_batches(size, self.ranks, micro))
+        return self._batches(*self.order.places(position + self._rows), position + self._rows)
+
+    def _batches(self, rows: Ints, sequences: Ints, positions: Ints) -> list[MaskedBatch]:
+        tokens_bt, lengths_b = self.train_pool.read(rows, sequences)
+        micro = self.config.train.micro_batch_size
+        count = micro_batches(self.config.train.global_batch_size, self.ranks, micro)
+        parts = [slice(i * micro, (i + 1) * micro) for i in range(count)]
+        batches = [
+            pack(tokens_bt[part], lengths_b[part], positions[part], self._masking, self._dropout_key) for part in parts
         ]
+        return [batch.pin() for batch in batches] if self.pin else batches
 
     def validation(self) -> Iterator[MaskedBatch]:
         """This rank's share of the validation sequences: spread evenly over the split, masked the same way every time."""
         total = int(self._valid_ends[-1]) if len(self._valid_ends) else 0
         count, micro = min(self.config.validation.sequences, total), self.config.train.micro_batch_size
-        mine = rank_rows(count, self.rank, self.ranks)
+        mine = np.array(rank_rows(count, self.rank, self.ranks), np.int64)
         for i in range(micro_batches(count, self.ranks, micro)):
-            rows = [(n, self._valid_place(n * total // count)) for n in mine[i * micro : (i + 1) * micro]]
-            yield pack(self._valid, rows, self._valid_masking, dropout_key=None)
+            numbers = mine[i * micro : (i + 1) * micro] * total // count
+            rows = np.searchsorted(self._valid_ends, numbers, side="right")
+            sequences = numbers - (self._valid_ends - self.valid_pool.split.shards["sequences"].astype(np.int64))[rows]
+            batch = pack(*self.valid_pool.read(rows, sequences), numbers, self._valid_masking, dropout_key=None)
+            yield batch.pin() if self.pin else batch
 
-    def _valid_place(self, number: int) -> Place:
-        row = int(np.searchsorted(self._valid_ends, number, side="right"))
-        return Place(row, number - (int(self._valid_ends[row - 1]) if row else 0))
+
+def build_order(config: Config, dataset: Dataset) -> Order:
+    """The order in which a run goes through a dataset."""
+    shards, settings = dataset.split("train").shards, dataset.manifest["order"]
+    counts = draws(config.data.sampling, dataset.manifest["species"], shards, str(dataset.path))
+    sequences = np.ascontiguousarray(shards["sequences"], np.int64)
+    return Order(
+        sequences,
+        streams_in_use(settings["streams"], config.train.global_batch_size, int(sequences.sum())),
+        settings["window_blocks"],
+        config.train.seed,
+        species=shards["species"],
+        draws=counts,
+    )
 
 
 def open_dataset(config: Config) -> tuple[Config, Dataset]:
@@ -157,7 +224,8 @@ def open_dataset(config: Config) -> tuple[Config, Dataset]:
 
     `model.vocab_size` is the dataset's where the configuration doesn't give one. Raises InputError naming the file or key.
     """
-    dataset = Dataset(config.data.path)
+    directory = Path(config.data.cache_dir) if config.data.cache_dir else default_directory()
+    dataset = Dataset(config.data.path, Cache(directory, int(config.data.cache_gb * 1e9)))
     tokenizer = dataset.manifest["tokenizer"]
     if config.data.tokenizer is not None:
         wanted = file_sha256(Path(config.data.tokenizer))

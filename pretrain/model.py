@@ -65,6 +65,16 @@ class Packed:
             move(self.token_types_t),
         )
 
+    def pin(self) -> Packed:
+        """In memory from which a GPU copies while the CPU goes on."""
+        return Packed(
+            self.ids_t.pin_memory(),
+            self.cu_seqlens.pin_memory(),
+            self.max_seqlen,
+            None if self.dropout_keys_t is None else self.dropout_keys_t.pin_memory(),
+            None if self.token_types_t is None else self.token_types_t.pin_memory(),
+        )
+
 
 # Dropout sites: three a layer, after the embeddings' one. The numbers are part of what a run means.
 SITE_EMBEDDINGS, SITE_CLASSIFIER, SITES_BEFORE_LAYERS, SITES_PER_LAYER = 0, 1, 8, 4

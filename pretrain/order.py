@@ -1,17 +1,23 @@
 """The order of training: which sequence stands at a position, by arithmetic alone.
 
-An epoch lays the shards end to end in a keyed random order and cuts this axis of N sequences into S streams of
-L = floor(N / S) sequences; the fewer than S that remain are left out, others each epoch. Within a stream, windows of
-W sequences follow each other, and inside each window the sequences are permuted by key. Position p takes stream p mod S
+An epoch lays the shards end to end in a keyed random order and cuts this axis of N sequences into S equal streams of
+L = floor(N / S) sequences; the fewer than S that remain are left out, others each epoch. A stream is walked through in
+windows of W sequences (some blocks), and inside a window the sequences are permuted by key. Position p takes stream p mod S
 and the next sequence of that stream. So a batch mixes S distant places of the genomes, every sequence comes at most once an
-epoch, and there is nothing to save but p: no shuffle buffer, no epoch file.
+epoch, a stream reads its shards from front to back, and there is nothing to save but p: no shuffle buffer, no epoch file.
 
-S and W stand in the dataset's manifest; batch size and number of ranks play no part. Where the batch size divides S, a
-rank meets always the same streams, so all ranks together read the dataset about once an epoch.
+Windows of different streams begin at different times, else all streams would open new blocks in the same steps, on all
+ranks at once. Row i of a batch always meets the same streams (`streams_in_use`), so a rank, whose rows are neighbours, needs
+no block that another rank needs, but for those in which a stream begins or ends.
+
+With sampling weights a species gives a fixed number of sequences to each epoch: its shards, in a keyed order of their own in
+each pass, are consumed by a counter, and what falls to an epoch are pieces of shards, laid on the axis in the place of whole
+shards. All numbers are int64, so positions go up to 2^63.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,60 +26,174 @@ from numpy.typing import NDArray
 
 from data_prep.cli import InputError
 from data_prep.dataset import SEQUENCES_PER_BLOCK
-from kernels.random import PURPOSE_SHARDS, PURPOSE_WINDOWS, fork, root_key
+from kernels.random import PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS, fork, root_key
+
+Ints = NDArray[np.int64]
+
+ROUNDS = 6  # of the Feistel network; Luby and Rackoff (1988) need four, windows of a few sequences profit from more
+LEAST_STREAM = 8  # sequences; shorter streams would leave out too much of a small dataset at the end of an epoch
+_GOLDEN_32 = 0x9E3779B1  # 2^32 divided by the golden ratio: multiples modulo 2^32 spread evenly
 
 
-class Place(NamedTuple):
-    """Sequence `sequence` of the shard that stands in row `row` of shards.npy."""
+class Axis(NamedTuple):
+    """The pieces of shards of one epoch, end to end."""
 
-    row: int
-    sequence: int
+    rows: Ints  # [pieces] row of shards.npy
+    first: Ints | None  # [pieces] where the piece begins in its shard; None: at 0, pieces are whole shards
+    starts: Ints  # [pieces] where the piece begins on the axis
 
 
 class Order:
-    """Maps global positions to places. Memory: 16 bytes a shard and one permutation of W numbers a stream in use.
+    """Maps global positions to places. Memory: 16 bytes a shard (24 with sampling weights).
 
     Args:
         sequences: [shards], sequences of each shard, in the order of shards.npy.
-        streams, window_blocks: from the manifest's `order`.
+        streams: in use; see `streams_in_use`.
+        window_blocks: from the manifest's `order`.
         seed: of the run.
+        species: [shards], the species of each shard; needed with `draws`.
+        draws: [species], how many sequences of each species an epoch has (`pretrain.sampling`); None: all, once.
     """
 
-    def __init__(self, sequences: NDArray[np.integer], streams: int, window_blocks: int, seed: int) -> None:
-        self.sequences = np.asarray(sequences, dtype=np.int64)
+    def __init__(
+        self,
+        sequences: NDArray[np.integer],
+        streams: int,
+        window_blocks: int,
+        seed: int,
+        *,
+        species: NDArray[np.integer] | None = None,
+        draws: Sequence[int] | None = None,
+    ) -> None:
+        self.sequences = np.ascontiguousarray(sequences, dtype=np.int64)
         total = int(self.sequences.sum())
         if total == 0:
             raise InputError("the training split holds no sequence; shard more bases or lower --valid-fraction")
-        self.streams = min(streams, total)
+        axis_length = total if draws is None else sum(draws)
+        self.streams = min(streams, axis_length)
         self.window = window_blocks * SEQUENCES_PER_BLOCK
-        self.stream_length = total // self.streams  # L
+        self.stream_length = axis_length // self.streams  # L
         self.epoch_length = self.streams * self.stream_length
-        self._shards_key, self._windows_key = root_key(seed, PURPOSE_SHARDS), root_key(seed, PURPOSE_WINDOWS)
-        # A global batch meets every stream, and around an epoch's end the streams of two epochs.
-        self._window_permutation = lru_cache(maxsize=2 * self.streams)(self._permute_window)
-        self._shard_axis = lru_cache(maxsize=2)(self._lay_shards)
+        self._species, self._draws = species, draws
+        self._shards_key, self._species_key, self._windows_key = (
+            np.array([root_key(seed, purpose)]) for purpose in (PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS)
+        )
+        self._axis = lru_cache(maxsize=2)(self._lay)  # a batch may touch the end of one epoch and the beginning of the next
 
-    def _lay_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard rows in this epoch's order, and where each begins on the axis of sequences."""
-        keys = fork(fork(np.array([self._shards_key]), epoch), np.arange(len(self.sequences)))
-        rows = np.argsort(keys, kind="stable")
-        return rows, np.cumsum(self.sequences[rows]) - self.sequences[rows]
+    def places(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Where sequences are.
 
-    def _permute_window(self, epoch: int, stream: int, window: int) -> NDArray[np.int64]:
-        length = min(self.window, self.stream_length - window * self.window)
-        key = fork(fork(fork(np.array([self._windows_key]), epoch), stream), window)
-        return np.argsort(fork(key, np.arange(length)), kind="stable")
+        Args:
+            positions: int64 [n], >= 0.
 
-    def place(self, position: int) -> Place:
-        """The sequence at a global position (any integer >= 0)."""
-        epoch, within = divmod(position, self.epoch_length)
-        turn, stream = divmod(within, self.streams)
-        window, offset = divmod(turn, self.window)
-        permutation = self._window_permutation(epoch, stream, window)
-        axis = stream * self.stream_length + window * self.window + int(permutation[offset])
-        rows, starts = self._shard_axis(epoch)
-        shard = int(np.searchsorted(starts, axis, side="right")) - 1
-        return Place(int(rows[shard]), axis - int(starts[shard]))
+        Returns:
+            (row of shards.npy, sequence of that shard), each int64 [n].
+        """
+        epochs, within = np.divmod(positions, self.epoch_length)
+        turns, streams = np.divmod(within, self.streams)
+        on_axis = streams * self.stream_length + self._walk(epochs, streams, turns)
+        rows, inside = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            axis = self._axis(int(epoch))
+            here = epochs == epoch
+            piece = np.searchsorted(axis.starts, on_axis[here], side="right") - 1
+            rows[here] = axis.rows[piece]
+            inside[here] = on_axis[here] - axis.starts[piece]
+            if axis.first is not None:
+                inside[here] += axis.first[piece]
+        return rows, inside
+
+    def _walk(self, epochs: Ints, streams: Ints, turns: Ints) -> Ints:
+        """Which sequence of its stream comes at a turn."""
+        phase = (streams * _GOLDEN_32 & 0xFFFFFFFF) * self.window >> 32
+        windows = (turns + phase) // self.window
+        start = np.maximum(windows * self.window - phase, 0)
+        end = np.minimum((windows + 1) * self.window - phase, self.stream_length)
+        keys = fork(fork(fork(self._windows_key, epochs), streams), windows)
+        return start + permuted(keys, end - start, turns - start)
+
+    def _lay(self, epoch: int) -> Axis:
+        key = fork(self._shards_key, epoch)
+        if self._draws is None:
+            rows = shuffled(key, len(self.sequences))[0]
+            counts = self.sequences[rows]
+            return Axis(rows, None, np.cumsum(counts) - counts)
+        pieces = [self._pieces(epoch, species, count) for species, count in enumerate(self._draws) if count]
+        order = shuffled(key, sum(len(rows) for rows, _, _ in pieces))[0]
+        rows, first, counts = (np.concatenate(parts)[order] for parts in zip(*pieces, strict=True))
+        return Axis(rows, first, np.cumsum(counts) - counts)
+
+    def _pieces(self, epoch: int, species: int, count: int) -> tuple[Ints, Ints, Ints]:
+        """The part of an epoch that falls to a species: rows of shards, first sequence, number of sequences."""
+        assert self._species is not None
+        members = np.flatnonzero(self._species == species)
+        sizes = self.sequences[members]
+        whole = int(sizes.sum())
+        begin, end = epoch * count, (epoch + 1) * count  # on the axis of all passes of the species
+        passes = np.arange(begin // whole, (end - 1) // whole + 1)
+        order = shuffled(fork(fork(self._species_key, species), passes), len(members)).reshape(-1)
+        ends = np.cumsum(sizes[order]) + passes[0] * whole
+        starts = ends - sizes[order]
+        first, last = np.maximum(begin - starts, 0), np.minimum(end - starts, sizes[order])
+        some = last > first
+        return members[order[some]], first[some], (last - first)[some]
+
+
+def shuffled(keys: Ints, count: int) -> Ints:
+    """A permutation of 0 .. count - 1 for each key: int64 [keys, count]; the same on every machine."""
+    bits = count.bit_length()
+    words = np.empty((len(keys), count), np.int64)
+    for start in range(0, count, 16384):  # as much as stays in a processor's cache: three times as fast
+        numbers = np.arange(start, min(start + 16384, count))
+        # The number stands in the lowest bits, so that sorting the words themselves, which is faster than argsort, orders
+        # the numbers, and no two words are equal.
+        words[:, numbers] = fork(keys[:, None], numbers) & ~((1 << bits) - 1) | numbers
+    words.sort(axis=-1)
+    words &= (1 << bits) - 1
+    return words
+
+
+def permuted(keys: Ints, lengths: Ints, index: Ints) -> Ints:
+    """Where a keyed permutation of 0 .. length - 1 sends `index`, element by element, without building the permutation.
+
+    A Feistel network on the smallest power of two that is not below the length, walked until it lands inside (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002: fewer than two rounds of it on average).
+
+    Args:
+        keys, lengths, index: int64 [n]; 0 <= index < length.
+
+    Returns:
+        int64 [n].
+    """
+    bits = np.ceil(np.log2(lengths)).astype(np.int64)  # exact: windows are far below 2^50
+    low_bits = (bits + 1) // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    round_keys = [fork(keys, number) for number in range(ROUNDS)]
+    result = index.copy()
+    walking = np.arange(len(index))
+    while len(walking):
+        x, shift = result[walking], low_bits[walking]
+        low, high = x & low_mask[walking], x >> shift
+        for number, round_key in enumerate(round_keys):
+            if number % 2:
+                low ^= fork(round_key[walking], high) & low_mask[walking]
+            else:
+                high ^= fork(round_key[walking], low) & high_mask[walking]
+        result[walking] = low | high << shift
+        walking = walking[result[walking] >= lengths[walking]]
+    return result
+
+
+def streams_in_use(streams: int, batch_size: int, sequences: int) -> int:
+    """How many streams a run with this batch size uses of a dataset with `streams` and `sequences`.
+
+    The largest multiple of the batch size up to `streams`, or the batch size itself where it is larger: so each row of a
+    batch has streams of its own. Only where that would cut a small dataset into streams of under 8 sequences, the
+    dataset's number is taken; ranks then read blocks more than once, which a small dataset can bear.
+    """
+    if batch_size <= streams:
+        return batch_size * (streams // batch_size)
+    return batch_size if sequences >= LEAST_STREAM * batch_size else streams
 
 
 def rank_rows(batch_size: int, rank: int, ranks: int) -> range:

@@ -12,20 +12,24 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from data_prep.cli import InputError, StopRequested, dump_json, log
+from data_prep.cli import BAD_INPUT, FAILED, HUNG, Hung, InputError, StopRequested, dump_json, exit_status, log
 from pretrain import checkpoint, run_directory, zero_state
+from pretrain.blocks import BlockPool
 from pretrain.config import Config
 from pretrain.distributed import StopSignal, World, environment_rank, start
 from pretrain.engine import build_engine, gradient_norm_before_step, learning_rate, set_learning_rate
 from pretrain.loader import Loader, MaskedBatch, open_dataset
 from pretrain.metrics import Metrics
+from pretrain.prefetch import Prefetch
 
+Item = TypeVar("Item")
 NO_CHECKPOINT, UNUSABLE = -1, -2  # what rank 0 shares instead of a step
 
 
@@ -62,12 +66,13 @@ class _Run:
         self.run_dir = run_dir
         run_directory.check(self.config, run_dir, dataset)
         self.world: World = start()
-        self.loader = Loader(self.config, dataset, self.world.rank, self.world.size)
+        self.loader = Loader(self.config, dataset, self.world.rank, self.world.size, pin=self.world.device.type == "cuda")
         # Temporaries carry it, so it must be the same on every rank: the first one's start and process.
         self.life = f"{self.world.share(int(time.time()))}-{self.world.share(os.getpid())}"
         found = self._find_checkpoint()
         self.engine = build_engine(self.config, self.world)
         self.step, self.saved_step = 0, None if found is None else found.step
+        self.position = 0  # in the order of training, where the next global batch begins
         self.origin: dict[str, Any] = {}  # of an imported model; passed on from checkpoint to checkpoint
         if found is None:
             zero_state.reset_optimizer(self.engine)
@@ -78,7 +83,8 @@ class _Run:
             run_directory.describe(self.config, run_dir, dataset)
             self.metrics = Metrics(run_dir, self.step, self.config.train.max_steps)
         self.loss: float | None = None
-        self._interval_tokens, self._interval_start = 0, time.perf_counter()
+        self._validation: list[MaskedBatch] | None = None
+        self._interval_tokens, self._interval_skipped, self._interval_start = 0, 0, time.perf_counter()
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The step to go on from: rank 0 looks, all ranks open what it found or fail together."""
@@ -96,7 +102,7 @@ class _Run:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if "loader" in saved.state:  # an imported model has none
-            self.loader.check_state(saved.state["loader"])
+            self.position = self.loader.resume(saved.state["loader"])
         if saved.manifest["model"] != self.config.model.model_dump():
             raise InputError(f"{saved.path}: holds a model of another size or dropout than `model` in the configuration")
         self.origin = {key: saved.state[key] for key in ("imported",) if key in saved.state}
@@ -106,12 +112,22 @@ class _Run:
             log(f"resumed from {saved.path} (saved by {saved.manifest['world_size']} ranks, here {self.world.size})")
 
     def run(self) -> dict[str, Any]:
-        train, validation = self.config.train, self.config.validation
+        train = self.config.train
         last = train.max_steps if train.stop_at_step is None else min(train.stop_at_step, train.max_steps)
+        if self.step < last:
+            self._train_until(last)
+        if self.metrics:
+            self.metrics.close()
+        return {"run_dir": str(self.run_dir), "step": self.step, "loss": self.loss, "ranks": self.world.size}
+
+    def _train_until(self, last: int) -> None:
+        train, validation = self.config.train, self.config.validation
+        self.batches = self._prefetch(self.loader.steps(self.position), self.loader.train_pool)
         while self.step < last:
             batches, masked = self._next_batches()
             record = self._train_step(batches, masked)
             self.step += 1
+            self.position += train.global_batch_size
             validate = validation.every > 0 and (self.step % validation.every == 0 or self.step == last)
             report = validate or self.step % train.log_every == 0 or self.step in (1, last)
             save = self.step % self.config.checkpoint.save_every == 0 or self.step == last
@@ -121,31 +137,45 @@ class _Run:
                     self._report(values, validate)
                 if save:
                     self._save()
-        if self.metrics:
-            self.metrics.close()
-        return {"run_dir": str(self.run_dir), "step": self.step, "loss": self.loss, "ranks": self.world.size}
+        self.batches.close()
 
     def _next_batches(self) -> tuple[list[MaskedBatch], float]:
         """This rank's micro batches, and the masked tokens of the global batch.
 
-        The sum that every step needs also says whether a rank was told to stop or can't read its data, so that all ranks
-        leave together. Raises StopRequested, with the step saved, or InputError.
+        The sum that every step needs also says whether a rank was told to stop or has no data, and why, so that all ranks
+        leave together and with the same status. Raises StopRequested, with the step saved, or what the loader raised.
         """
         batches: list[MaskedBatch] = []
-        failure: InputError | None = None
+        failure: Exception | None = None
         try:
-            batches = self.loader.step(self.step * self.config.train.global_batch_size)
-        except InputError as error:
+            batches = next(self.batches)
+        except Exception as error:
             failure = error
-        count = sum(len(batch.labels_m) for batch in batches)
-        masked, stops, failures = self.world.sum(count, self.stop.received is not None, failure is not None)
-        if failures:
-            raise failure or InputError("another rank can't read its data; see its message")
+        masked, sequences, stops = self._agree(
+            failure,
+            sum(len(batch.labels_m) for batch in batches),
+            sum(len(batch.positions_b) for batch in batches),
+            self.stop.received is not None,
+        )
+        if sequences == 0:
+            raise InputError(f"step {self.step + 1}: all its sequences are in damaged blocks; shard the data again")
         if stops:
             if self.saved_step != self.step:
                 self._save()
             raise StopRequested(f"{self.stop.received or 'another rank was told to stop'}: step {self.step} is saved")
         return batches, masked
+
+    def _agree(self, failure: Exception | None, *values: float) -> list[float]:
+        """Sums of `values` over all ranks, if none of them failed. Raises this rank's `failure`, or one of its kind."""
+        statuses = (HUNG, BAD_INPUT, FAILED)
+        mine = None if failure is None else exit_status(failure)
+        *sums, hung, bad_input, failed = self.world.sum(*values, *(mine == status for status in statuses))
+        if failure is not None:
+            raise failure
+        for number, kind in ((hung, Hung), (bad_input, InputError), (failed, RuntimeError)):
+            if number:
+                raise kind("another rank can't read its data; see its message")
+        return sums
 
     def _train_step(self, batches: list[MaskedBatch], masked: float) -> dict[str, Any]:
         """One optimizer step; returns this rank's sums, still on the device."""
@@ -162,11 +192,14 @@ class _Run:
                 norm = gradient_norm_before_step(self.engine)
             self.engine.step()
         self._interval_tokens += sum(len(batch.packed.ids_t) for batch in batches)
+        self._interval_skipped += sum(batch.skipped for batch in batches)
         return {"loss": loss_sum, "correct": correct_sum, "masked": masked, "norm": norm}
 
     def _gather(self, record: dict[str, Any]) -> dict[str, float]:
         """Sums of the step just taken over all ranks; a collective. Raises RuntimeError when they are not finite."""
-        loss, correct, tokens = self.world.sum(float(record["loss"]), int(record["correct"]), self._interval_tokens)
+        loss, correct, tokens, skipped = self.world.sum(
+            float(record["loss"]), int(record["correct"]), self._interval_tokens, self._interval_skipped
+        )
         norm = record["norm"] if record["norm"] is not None else float(self.engine.get_global_grad_norm())
         self.loss = loss / max(record["masked"], 1.0)
         if not (math.isfinite(self.loss) and math.isfinite(norm)):
@@ -180,6 +213,8 @@ class _Run:
             "grad_norm": norm,
             "learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.train.max_steps),
             "tokens_per_second": tokens / (time.perf_counter() - self._interval_start),
+            "data_wait_seconds": self.world.max(self.batches.waited),
+            **({"skipped_sequences": skipped} if skipped else {}),
         }
 
     def _report(self, values: dict[str, float], validate: bool) -> None:
@@ -188,14 +223,15 @@ class _Run:
             values |= self._validate()
         if self.metrics:
             self.metrics.write({"step": self.step, **values})
-        self._interval_tokens, self._interval_start = 0, time.perf_counter()
+        self._interval_tokens, self._interval_skipped, self._interval_start = 0, 0, time.perf_counter()
+        self.batches.waited = 0.0
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Loss (nats a masked token) and accuracy over the validation sequences, without dropout."""
         self.engine.eval()
         loss_sum, correct_sum, masked = 0.0, 0, 0
-        for batch in self.loader.validation():
+        for batch in self._validation_batches():
             batch = batch.to(self.world.device)
             loss, correct = self.engine(batch.packed, batch.index_m, batch.labels_m)
             loss_sum, correct_sum = loss_sum + loss.double(), correct_sum + correct
@@ -205,6 +241,21 @@ class _Run:
         if count == 0:  # an empty validation split has no loss, not one of 0
             return {}
         return {"validation_loss": loss / count, "validation_masked_accuracy": correct / count}
+
+    def _validation_batches(self) -> list[MaskedBatch]:
+        """This rank's validation batches, always the same, so read once. A rank that can't read them fails all alike."""
+        if self._validation is None:
+            failure: Exception | None = None
+            try:
+                self._validation = list(self._prefetch(self.loader.validation(), self.loader.valid_pool))
+            except Exception as error:
+                failure = error
+            self._agree(failure)
+        return self._validation or []
+
+    def _prefetch(self, items: Iterator[Item], pool: BlockPool) -> Prefetch[Item]:
+        data = self.config.data
+        return Prefetch(items, data.prefetch_steps, data.stall_seconds, pool.in_flight)
 
     def _save(self) -> None:
         """Commit the current step; every rank returns when rank 0 has tidied up, so none leaves before it."""
@@ -233,7 +284,7 @@ class _Run:
         packages = ("torch", "deepspeed", "numpy", "safetensors")
         return {
             "optimizer_step": self.step,
-            "loader": self.loader.state(self.step * self.config.train.global_batch_size),
+            "loader": self.loader.state(self.position),
             "config_sha256": hashlib.sha256(dump_json(self.config.model_dump(mode="json"))).hexdigest(),
             "zero_stage": self.config.deepspeed.zero_stage,
             "dtype": self.config.train.dtype,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from data_prep.cli import InputError
-from pretrain.config import Config, load_config
-from pretrain.loader import Loader, MaskedBatch, open_dataset
-from pretrain.masking import CLS, MASK, SEP
+from pretrain.config import Config, DataConfig, load_config
+from pretrain.loader import Loader, MaskedBatch, open_dataset, pack
+from pretrain.masking import CLS, MASK, SEP, Masking
 
 
 def loader(arguments: list[str], rank: int = 0, ranks: int = 1, *overrides: str) -> Loader:
@@ -47,11 +47,9 @@ def test_a_batch_holds_the_stored_sequences_between_cls_and_sep(tiny_config: lis
     split = ours.dataset.split("train")
     batch = ours.step(0)[0]
     starts = batch.packed.cu_seqlens.tolist()
-    for number in range(3):
-        place = ours.order.place(number)
-        rows = split.blocks(place.row)["sequences"]
-        block = int(np.searchsorted(np.cumsum(rows), place.sequence, side="right"))
-        stored = split.read_block(place.row, block).sequence(place.sequence - int(rows[:block].sum()))
+    assert batch.positions_b.tolist() == [0, 1, 2]
+    for number, (row, sequence) in enumerate(zip(*ours.order.places(batch.positions_b), strict=True)):
+        stored = split.read_block(row, sequence // 1024).sequence(sequence % 1024)
         ids = batch.packed.ids_t[starts[number] : starts[number + 1]].clone()
         assert (ids[0], ids[-1]) == (CLS, SEP)
         assert (ids == MASK).any()
@@ -60,14 +58,55 @@ def test_a_batch_holds_the_stored_sequences_between_cls_and_sep(tiny_config: lis
         assert ids[1:-1].tolist() == stored.tolist()
 
 
-@pytest.mark.parametrize("batch", [2, 3, 8, 11])
-def test_blocks_in_use_stay_in_memory(tiny_config: list[str], batch: int) -> None:
-    ours = loader(tiny_config, 0, 1, f"train.global_batch_size={batch}")
-    for position in range(0, ours.order.epoch_length - batch, batch):
-        ours.step(position)
-    shards = ours.dataset.split("train").shards
-    # A stream that begins inside a block reads it again: at most one block a stream more than there are.
-    assert ours._train._block.cache_info().misses <= shards["blocks"].sum() + ours.order.streams
+def test_steps_are_the_same_from_every_start(tiny_config: list[str]) -> None:
+    """Starting at step k equals running to step k, through the end of an epoch."""
+    overrides = ("train.global_batch_size=67", "train.micro_batch_size=30")
+    ours = loader(tiny_config, 1, 2, *overrides)
+    steps = 2 * ours.order.epoch_length // 67
+    assert steps > 10
+    walked = [sequences(batches) for batches in itertools.islice(ours.steps(0), steps)]
+    for start in range(steps):
+        assert sequences(next(loader(tiny_config, 1, 2, *overrides).steps(start * 67))) == walked[start]
+        assert sequences(ours.step(start * 67)) == walked[start]
+
+
+def test_short_sequences_are_packed_without_padding() -> None:
+    rng = np.random.default_rng(0)
+    tokens, lengths = rng.integers(5, 512, (5, 20)).astype(np.uint16), np.array([3, 20, 1, 0, 7])
+    masking = Masking(DataConfig(path="", mask_probability=0.5), 512, 0)
+    batch = pack(tokens, lengths, np.arange(5) + 70, masking, dropout_key=9)
+    starts = batch.packed.cu_seqlens.tolist()
+    assert starts == [0, 5, 27, 30, 39] and batch.packed.max_seqlen == 22
+    assert (batch.skipped, batch.positions_b.tolist()) == (1, [70, 71, 72, 74])
+    alone = [pack(tokens[i : i + 1], lengths[i : i + 1], np.array([70 + i]), masking, dropout_key=9) for i in (0, 1, 2, 4)]
+    assert sequences([batch]) == sequences(alone)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 11), (2, 8), (3, 24), (5, 55), (2, 3)])
+def test_all_ranks_together_read_each_block_once_an_epoch_but_where_streams_begin(
+    tiny_config: list[str], ranks: int, batch: int
+) -> None:
+    each = [loader(tiny_config, rank, ranks, f"train.global_batch_size={batch}") for rank in range(ranks)]
+    for ours in each:
+        for _ in zip(range(ours.order.epoch_length // batch), ours.steps(0), strict=False):
+            pass
+    read = sum(ours.train_pool.blocks_read for ours in each)
+    blocks = each[0].dataset.split("train").shards["blocks"].sum()
+    assert blocks <= read <= blocks + each[0].order.streams
+
+
+def test_too_little_memory_costs_reads_and_changes_nothing(
+    tiny_config: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = loader(tiny_config, 0, 1, "data.memory_gb=0.0005")
+    assert "data.memory_gb 0.0005 holds 1 blocks of the" in capsys.readouterr().err
+    assert sequences(small.step(22)) == sequences(loader(tiny_config).step(22))
+
+
+def test_a_plain_loader_has_neither_masks_nor_keys(tiny_config: list[str]) -> None:
+    plain = Loader(*open_dataset(load_config(tiny_config[0], tiny_config[1:])), 0, 1, plain=True).step(0)[0]
+    assert plain.packed.dropout_keys_t is None and len(plain.labels_m) == len(plain.index_m) == 0
+    assert not (plain.packed.ids_t == MASK).any()
 
 
 def test_validation_is_the_same_on_any_ranks_and_draws_no_dropout(tiny_config: list[str]) -> None:
@@ -87,15 +126,19 @@ def test_a_rank_without_rows_gets_an_empty_micro_batch(tiny_config: list[str]) -
     assert batch.index_m.dtype == torch.int64
 
 
-def test_state_of_another_dataset_or_seed_is_refused(tiny_config: list[str]) -> None:
-    ours = loader(tiny_config)
-    state = ours.state(110)
+def test_state_of_another_dataset_or_seed_is_refused_unless_a_new_epoch_is_wanted(tiny_config: list[str]) -> None:
+    ours, length = loader(tiny_config), loader(tiny_config).order.epoch_length
+    state = ours.state(length + 110)
     assert set(state) == {"manifest_sha256", "seed", "position"}
-    ours.check_state(state)
-    with pytest.raises(InputError, match="seed 7"):
-        ours.check_state(state | {"seed": 7})
+    assert ours.resume(state) == length + 110
+    with pytest.raises(InputError, match=r"seed 7, this run has 0.*data\.start_new_epoch=true"):
+        ours.resume(state | {"seed": 7})
     with pytest.raises(InputError, match="manifest_sha256 abc"):
-        ours.check_state(state | {"manifest_sha256": "abc"})
+        ours.resume(state | {"manifest_sha256": "abc"})
+    again = loader(tiny_config, 0, 1, "data.start_new_epoch=true")
+    assert again.resume(state) == length + 110  # the same data: nothing to begin anew, however often the run is resumed
+    assert again.resume(state | {"seed": 7}) == 2 * length
+    assert again.resume(state | {"manifest_sha256": "abc"}) == 2 * length
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tiny_config: list[str], tmp_path: Path) -> None:

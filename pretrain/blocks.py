@@ -1,0 +1,179 @@
+"""Blocks of a split in memory: read once, by several threads, kept while the streams that need them are open."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.cli import InputError, log
+from data_prep.dataset import SEQUENCES_PER_BLOCK, Split
+from data_prep.storage import DamagedBlock
+
+Item = TypeVar("Item")
+_SHIFT = 20  # a block's number within its shard takes the lower bits of its id; shards have far fewer than a million blocks
+
+
+class BlockPool:
+    """Sequences by (shard row, sequence of the shard), out of a fixed number of slots for blocks; oldest use goes first.
+
+    A slot holds a block's sequences in rows of equal width, so that any selection of sequences is one gather. Sequences are
+    nearly all of full length, so this costs little. Used by one thread at a time.
+
+    Args:
+        split: what is read.
+        width: content tokens of the longest sequence.
+        capacity: slots; 2 * 1024 * width bytes each, taken from the system as they are filled.
+        threads: blocks that are read at once.
+        skip_damaged: leave the sequences of damaged blocks out instead of raising DamagedBlock.
+    """
+
+    def __init__(self, split: Split, width: int, capacity: int, threads: int = 1, skip_damaged: bool = False) -> None:
+        self.split, self.width, self.skip_damaged = split, width, skip_damaged
+        self.blocks_read = 0
+        self._tokens = np.empty((capacity, SEQUENCES_PER_BLOCK, width), np.uint16)
+        self._lengths = np.zeros((capacity, SEQUENCES_PER_BLOCK), np.int64)
+        self._last_use = np.zeros(capacity, np.int64)
+        self._ids = np.zeros(0, np.int64)  # of the blocks in memory, sorted,
+        self._slots = np.zeros(0, np.int64)  # and where each is
+        self._clock, self._filled = 0, 0
+        self._readers = Readers(threads)
+        self._in_flight: dict[int, tuple[int, int, float]] = {}  # thread -> (row, block, since)
+
+    def read(self, rows: NDArray[np.int64], sequences: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """Tokens of sequences.
+
+        Args:
+            rows, sequences: int64 [n].
+
+        Returns:
+            (tokens: uint16 [n, width], lengths: int64 [n]). What lies beyond a length is undefined. A length of 0 marks a
+            sequence of a damaged block under `skip_damaged`.
+
+        Raises DamagedBlock, or OSError when a block can't be read at all.
+        """
+        ids = (rows << _SHIFT) + sequences // SEQUENCES_PER_BLOCK
+        wanted, which = np.unique(ids, return_inverse=True)
+        if len(wanted) > len(self._last_use):
+            half = len(rows) // 2
+            parts = [self.read(rows[part], sequences[part]) for part in (slice(half), slice(half, None))]
+            return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+        slots = self._hold(wanted)[which]
+        inside = sequences % SEQUENCES_PER_BLOCK
+        return self._tokens[slots, inside], self._lengths[slots, inside]
+
+    def _hold(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots of the blocks `wanted` (sorted, at most as many as there are slots), after reading what isn't there."""
+        self._clock += 1
+        there = np.isin(wanted, self._ids, assume_unique=True)
+        self._last_use[self._slots[np.searchsorted(self._ids, wanted[there])]] = self._clock
+        missing = wanted[~there]
+        if len(missing):
+            free = self._free(len(missing))
+            self._readers.map(self._load, list(zip(missing.tolist(), free.tolist(), strict=True)))
+            self._last_use[free] = self._clock
+            ids, slots = np.append(self._ids, missing), np.append(self._slots, free)
+            order = np.argsort(ids)
+            self._ids, self._slots = ids[order], slots[order]
+        return self._slots[np.searchsorted(self._ids, wanted)]
+
+    def _free(self, count: int) -> NDArray[np.int64]:
+        """Slots that hold nothing in use, given up by their blocks."""
+        fresh = np.arange(self._filled, min(self._filled + count, len(self._last_use)))
+        self._filled += len(fresh)
+        if len(fresh) == count:
+            return fresh
+        oldest = np.argsort(self._last_use[self._slots], kind="stable")[: count - len(fresh)]
+        given_up = self._slots[oldest]
+        self._ids, self._slots = np.delete(self._ids, oldest), np.delete(self._slots, oldest)
+        return np.append(given_up, fresh)
+
+    def _load(self, job: tuple[int, int]) -> None:
+        """Read block `id` into `slot`."""
+        (row, number), slot = divmod(job[0], 1 << _SHIFT), job[1]
+        with self._reading(row, number):
+            try:
+                block = self.split.read_block(row, number)
+            except DamagedBlock as error:
+                if not self.skip_damaged:
+                    raise
+                log(f"skipped: {error}")
+                self._lengths[slot] = 0
+                return
+        self.blocks_read += 1
+        lengths = block.lengths.astype(np.int64)
+        if lengths.max(initial=0) > self.width:
+            place = self.split.describe_block(row, number)
+            raise InputError(
+                f"{place} has a sequence of {lengths.max()} tokens, the manifest allows {self.width}; shard again"
+            )
+        rows = self._tokens[slot, : len(lengths)]
+        if len(block.tokens) == rows.size:
+            rows[:] = block.tokens.reshape(rows.shape)
+        else:
+            rows[np.arange(self.width) < lengths[:, None]] = block.tokens
+        self._lengths[slot, : len(lengths)], self._lengths[slot, len(lengths) :] = lengths, 0
+
+    @contextmanager
+    def _reading(self, row: int, number: int) -> Iterator[None]:
+        thread = threading.get_ident()
+        self._in_flight[thread] = (row, number, time.monotonic())
+        try:
+            yield
+        finally:
+            del self._in_flight[thread]
+
+    def in_flight(self) -> str:
+        """The read that has been under way for longest, for a message from another thread."""
+        reads = list(self._in_flight.values())
+        if not reads:
+            return "no block is being read"
+        row, number, since = min(reads, key=lambda read: read[2])
+        return f"reading {self.split.describe_block(row, number)} for {time.monotonic() - since:.0f} s"
+
+
+class Readers:
+    """Calls a function on several daemon threads. Unlike concurrent.futures' threads, which the interpreter joins when it
+    ends, a read that hangs can't keep the process alive."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self._started = threads, False
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def map(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
+        """Call `function` on each item; returns when all are done, and then raises the first error that came."""
+        if self._threads == 1 or len(items) == 1:
+            for item in items:
+                function(item)
+            return
+        if not self._started:
+            self._started = True
+            for _ in range(self._threads):
+                threading.Thread(target=self._work, name="block reader", daemon=True).start()
+        done: SimpleQueue[Exception | None] = SimpleQueue()
+
+        def job(item: Item) -> Callable[[], None]:
+            def call() -> None:
+                try:
+                    function(item)
+                    done.put(None)
+                except Exception as error:
+                    done.put(error)
+
+            return call
+
+        for item in items:
+            self._jobs.put(job(item))
+        errors = [error for error in (done.get() for _ in items) if error is not None]
+        if errors:
+            raise errors[0]
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()

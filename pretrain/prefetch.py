@@ -1,0 +1,79 @@
+"""Work ahead on a thread: training takes batches that are ready, and knows how long it waited when they were not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import Empty, Full, Queue
+from typing import Generic, TypeVar
+
+from data_prep.cli import Hung, log
+
+Item = TypeVar("Item")
+REPORT_SECONDS = 30.0  # of waiting, after which the log says what for
+
+
+class Prefetch(Generic[Item]):
+    """Takes items from an iterator on a daemon thread, up to `depth` ahead. Iterating ends where the iterator ends.
+
+    Args:
+        items: runs on the thread alone.
+        depth: items that wait ready.
+        stall_seconds: a wait of this length ends in an error.
+        doing: what the thread is doing at the moment, for messages, such as the file that it reads.
+
+    `waited`: seconds for which `next` had to wait since it was last set to 0.
+    """
+
+    def __init__(self, items: Iterator[Item], depth: int, stall_seconds: float, doing: Callable[[], str]) -> None:
+        self.waited = 0.0
+        self._stall_seconds, self._doing = stall_seconds, doing
+        self._ready: Queue[tuple[Item | None, BaseException | None]] = Queue(depth)
+        self._closed = threading.Event()
+        threading.Thread(target=self._fill, args=(items,), name="prefetch", daemon=True).start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        """The next item, or what the iterator raised in its place. Raises Hung after `stall_seconds` of waiting."""
+        started = time.monotonic()
+        item, error = self._wait(started)
+        self.waited += time.monotonic() - started
+        if error is not None:
+            raise error
+        return item  # type: ignore[return-value]  # an item of type Item, as there was no error
+
+    def _wait(self, started: float) -> tuple[Item | None, BaseException | None]:
+        while True:
+            left = self._stall_seconds - (time.monotonic() - started)
+            if left <= 0:
+                raise Hung(f"no data for {self._stall_seconds:.0f} s (data.stall_seconds): {self._doing()}")
+            try:
+                return self._ready.get(timeout=min(left, REPORT_SECONDS))
+            except Empty:
+                log(f"training has been waiting for data for {time.monotonic() - started:.0f} s: {self._doing()}")
+
+    def _fill(self, items: Iterator[Item]) -> None:
+        try:
+            for item in items:
+                if not self._put(item, None):
+                    return
+            self._put(None, StopIteration())
+        except BaseException as error:
+            self._put(None, error)
+
+    def _put(self, item: Item | None, error: BaseException | None) -> bool:
+        """Wait for room; False when nobody wants the item any more."""
+        while not self._closed.is_set():
+            try:
+                self._ready.put((item, error), timeout=1.0)
+                return True
+            except Full:
+                continue
+        return False
+
+    def close(self) -> None:
+        """Let the thread end after what it is doing; nothing waits for it."""
+        self._closed.set()

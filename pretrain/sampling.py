@@ -1,0 +1,78 @@
+"""How many sequences each species gives to an epoch: natural, tempered or explicit shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.cli import InputError, log
+from pretrain.config import SamplingConfig
+
+
+def draws(config: SamplingConfig, species: list[dict[str, Any]], shards: NDArray[np.void], source: str) -> list[int] | None:
+    """Sequences of each species in an epoch, which is as long as the training split.
+
+    Args:
+        config: the shares.
+        species: the manifest's table, with `name` and `category` of each row.
+        shards: the training split's table, rows of SHARD_ROW.
+        source: named in errors.
+
+    Returns:
+        [species], or None for the natural shares: every sequence once an epoch.
+
+    Raises InputError when explicit weights name nothing in the dataset, leave a species out or ask for one that has no
+    sequence.
+    """
+    if config == SamplingConfig():
+        return None
+    available = np.bincount(shards["species"], weights=shards["sequences"], minlength=len(species)).astype(np.int64)
+    if config.weights is not None:
+        shares = _explicit(config.weights, species, available, source)
+    else:
+        shares = (available / available.sum()) ** (1.0 / config.temperature)
+    counts = apportion(shares / shares.sum(), int(available.sum()))
+    passes = {row["name"]: count / max(1, int(n)) for row, count, n in zip(species, counts, available, strict=True) if count}
+    most, least = max(passes, key=lambda name: passes[name]), min(passes, key=lambda name: passes[name])
+    log(f"{source}: an epoch passes {passes[most]:.3g} times over {most}, {passes[least]:.3g} times over {least}")
+    return counts
+
+
+def _explicit(
+    weights: dict[str, float], species: list[dict[str, Any]], available: NDArray[np.integer], source: str
+) -> NDArray[np.float64]:
+    """A species' own weight, or its part, by size, of its category's."""
+    unused = set(weights)
+    shares = np.zeros(len(species))
+    missing = []
+    for number, row in enumerate(species):
+        if row["name"] in weights:
+            shares[number] = weights[row["name"]]
+            unused.discard(row["name"])
+        elif row["category"] in weights:
+            others = [r["category"] == row["category"] and r["name"] not in weights for r in species]
+            shares[number] = weights[row["category"]] * available[number] / max(1, available[np.array(others)].sum())
+            unused.discard(row["category"])
+        else:
+            missing.append(row["name"])
+        if shares[number] > 0 and available[number] == 0 and row["name"] in weights:
+            raise InputError(f"data.sampling.weights.{row['name']}: {source} has no training sequence of it; set it to 0")
+    if unused:
+        raise InputError(f"data.sampling.weights: {source} has no species or category {', '.join(sorted(unused))}")
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(f"data.sampling.weights: no weight for {shown} of {source}; 0 leaves a species out")
+    if shares.sum() == 0:
+        raise InputError(f"data.sampling.weights: nothing of {source} is left to train on")
+    return shares
+
+
+def apportion(shares: NDArray[np.float64], total: int) -> list[int]:
+    """Whole numbers in proportion to `shares`, which sum to 1, that sum to `total`: largest remainders first."""
+    exact = shares * total
+    counts = np.floor(exact).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]
+    counts[largest] += 1
+    return [int(count) for count in counts]
