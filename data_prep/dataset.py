@@ -171,10 +171,9 @@ class Split:
         """The shard's block table (BLOCK_ROW)."""
         shard, name = self.shards[row], self._file(row, "index.npy")
         path = self.storage.file(name, shard["index_sha256"].tobytes().hex())
-        table: NDArray[np.void] = np.load(path, allow_pickle=False)
+        table = npy_array(path.read_bytes(), BLOCK_ROW)
         if not (
-            table.dtype == BLOCK_ROW
-            and len(table) == shard["blocks"]
+            len(table) == shard["blocks"]
             and (table["sequences"][:-1] == SEQUENCES_PER_BLOCK).all()
             and table["sequences"].sum() == shard["sequences"]
         ):
@@ -213,9 +212,7 @@ def parse_block(data: bytes) -> Block:
     while start < len(data):
         name = data[start : start + 100].rstrip(b"\0").split(b".")[1]
         size, start = int(data[start + 124 : start + 135], 8), start + 512
-        header = 10 + int.from_bytes(data[start + 8 : start + 10], "little")  # of the .npy: its length stands at 8
-        dtype = np.dtype("<i8" if name == b"source" else "<u2")
-        arrays[name] = np.frombuffer(data, dtype, (size - header) // dtype.itemsize, start + header)
+        arrays[name] = npy_array(data, np.dtype("<i8" if name == b"source" else "<u2"), start, size)
         start += -(-size // 512) * 512
     return Block(arrays[b"tokens"], arrays[b"lengths"], arrays[b"source"].reshape(-1, 3))
 
@@ -282,6 +279,17 @@ def file_sha256(path: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def npy_array(data: bytes, dtype: np.dtype[Any], start: int = 0, size: int | None = None) -> NDArray[Any]:
+    """The flat array, of a type known beforehand, of the .npy file that is `size` bytes (all) of `data` from `start` on.
+
+    np.load would parse the header with `ast`, which must not run in two threads at once (CPython 3.11: "AST constructor
+    recursion depth mismatch"), and readers are threads.
+    """
+    header = 10 + int.from_bytes(data[start + 8 : start + 10], "little")
+    size = len(data) if size is None else size
+    return np.frombuffer(data, dtype, (size - header) // dtype.itemsize, start + header)
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from data_prep.cli import InputError, log
@@ -23,13 +24,13 @@ _SHIFT = 20  # a block's number within its shard takes the lower bits of its id;
 class BlockPool:
     """Sequences by (shard row, sequence of the shard), out of a fixed number of slots for blocks; oldest use goes first.
 
-    A slot holds a block's sequences in rows of equal width, so that any selection of sequences is one gather. Sequences are
-    nearly all of full length, so this costs little. Used by one thread at a time.
+    A slot holds a block's tokens as they are stored, and where each sequence starts; any selection of sequences is one
+    gather of rows of equal width, which run on into the next sequence. Used by one thread at a time.
 
     Args:
         split: what is read.
         width: content tokens of the longest sequence.
-        capacity: slots; 2 * 1024 * width bytes each, taken from the system as they are filled.
+        capacity: slots; 2 * 1024 * width bytes each, which the system gives as they are filled.
         threads: blocks that are read at once.
         skip_damaged: leave the sequences of damaged blocks out instead of raising DamagedBlock.
     """
@@ -37,8 +38,10 @@ class BlockPool:
     def __init__(self, split: Split, width: int, capacity: int, threads: int = 1, skip_damaged: bool = False) -> None:
         self.split, self.width, self.skip_damaged = split, width, skip_damaged
         self.blocks_read = 0
-        self._tokens = np.empty((capacity, SEQUENCES_PER_BLOCK, width), np.uint16)
-        self._lengths = np.zeros((capacity, SEQUENCES_PER_BLOCK), np.int64)
+        self._slot_size = SEQUENCES_PER_BLOCK * width
+        self._tokens = np.empty(capacity * self._slot_size + width, np.uint16)
+        self._rows = sliding_window_view(self._tokens, width)  # row i: the tokens i to i + width - 1
+        self._starts, self._lengths = np.zeros((2, capacity, SEQUENCES_PER_BLOCK), np.int64)
         self._last_use = np.zeros(capacity, np.int64)
         self._ids = np.zeros(0, np.int64)  # of the blocks in memory, sorted,
         self._slots = np.zeros(0, np.int64)  # and where each is
@@ -59,29 +62,35 @@ class BlockPool:
         Raises DamagedBlock, or OSError when a block can't be read at all.
         """
         ids = (rows << _SHIFT) + sequences // SEQUENCES_PER_BLOCK
-        wanted, which = np.unique(ids, return_inverse=True)
-        if len(wanted) > len(self._last_use):
-            half = len(rows) // 2
-            parts = [self.read(rows[part], sequences[part]) for part in (slice(half), slice(half, None))]
-            return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([lengths for _, lengths in parts])
-        slots = self._hold(wanted)[which]
-        inside = sequences % SEQUENCES_PER_BLOCK
-        return self._tokens[slots, inside], self._lengths[slots, inside]
-
-    def _hold(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Slots of the blocks `wanted` (sorted, at most as many as there are slots), after reading what isn't there."""
         self._clock += 1
-        there = np.isin(wanted, self._ids, assume_unique=True)
-        self._last_use[self._slots[np.searchsorted(self._ids, wanted[there])]] = self._clock
-        missing = wanted[~there]
+        slots = self._find(ids)
+        missing = np.unique(ids[slots < 0])
         if len(missing):
-            free = self._free(len(missing))
-            self._readers.map(self._load, list(zip(missing.tolist(), free.tolist(), strict=True)))
-            self._last_use[free] = self._clock
-            ids, slots = np.append(self._ids, missing), np.append(self._slots, free)
-            order = np.argsort(ids)
-            self._ids, self._slots = ids[order], slots[order]
-        return self._slots[np.searchsorted(self._ids, wanted)]
+            if len(np.unique(ids)) > len(self._last_use):
+                half = len(rows) // 2
+                parts = [self.read(rows[part], sequences[part]) for part in (slice(half), slice(half, None))]
+                return np.concatenate([tokens for tokens, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+            self._last_use[slots[slots >= 0]] = self._clock
+            self._fill(missing)
+            slots = self._find(ids)
+        self._last_use[slots] = self._clock
+        inside = sequences % SEQUENCES_PER_BLOCK
+        return self._rows[self._starts[slots, inside]], self._lengths[slots, inside]
+
+    def _find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots of blocks, -1 for those that are not in memory."""
+        if len(self._ids) == 0:
+            return np.full(len(ids), -1)
+        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[at] == ids, self._slots[at], -1)
+
+    def _fill(self, missing: NDArray[np.int64]) -> None:
+        """Read blocks, in the place of those whose last use is longest ago."""
+        free = self._free(len(missing))
+        self._readers.map(self._load, list(zip(missing.tolist(), free.tolist(), strict=True)))
+        ids, slots = np.append(self._ids, missing), np.append(self._slots, free)
+        order = np.argsort(ids)
+        self._ids, self._slots = ids[order], slots[order]
 
     def _free(self, count: int) -> NDArray[np.int64]:
         """Slots that hold nothing in use, given up by their blocks."""
@@ -104,7 +113,7 @@ class BlockPool:
                 if not self.skip_damaged:
                     raise
                 log(f"skipped: {error}")
-                self._lengths[slot] = 0
+                self._starts[slot], self._lengths[slot] = 0, 0
                 return
         self.blocks_read += 1
         lengths = block.lengths.astype(np.int64)
@@ -113,12 +122,10 @@ class BlockPool:
             raise InputError(
                 f"{place} has a sequence of {lengths.max()} tokens, the manifest allows {self.width}; shard again"
             )
-        rows = self._tokens[slot, : len(lengths)]
-        if len(block.tokens) == rows.size:
-            rows[:] = block.tokens.reshape(rows.shape)
-        else:
-            rows[np.arange(self.width) < lengths[:, None]] = block.tokens
-        self._lengths[slot, : len(lengths)], self._lengths[slot, len(lengths) :] = lengths, 0
+        start, count = slot * self._slot_size, len(lengths)
+        self._tokens[start : start + len(block.tokens)] = block.tokens
+        self._starts[slot, :count] = start + np.cumsum(lengths) - lengths
+        self._lengths[slot, :count], self._lengths[slot, count:] = lengths, 0
 
     @contextmanager
     def _reading(self, row: int, number: int) -> Iterator[None]:

@@ -25,7 +25,7 @@ from pretrain.order import Order, micro_batches, rank_rows, streams_in_use
 from pretrain.sampling import draws
 
 VALIDATION_SEED = 0  # of masks: every run and every rank validates on the same tokens
-PLACES_AT_ONCE = 4096  # positions that are turned into places together: the arithmetic is cheap in bulk
+PLACES_AT_ONCE = 16384  # positions that are turned into places together: the arithmetic is cheap in bulk
 Ints = NDArray[np.int64]
 
 

@@ -33,6 +33,10 @@ class Metrics:
             shown.append(f"validation {record['validation_loss']:.4f}")
         shown += [f"accuracy {record['masked_accuracy']:.3f}", f"norm {record['grad_norm']:.3g}"]
         shown.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if record["data_wait_seconds"] >= 0.1:
+            shown.append(f"waited {record['data_wait_seconds']:.1f} s for data")
+        if "skipped_sequences" in record:
+            shown.append(f"{record['skipped_sequences']:.0f} sequences skipped")
         log("  ".join(shown))
 
     def flush(self) -> None:

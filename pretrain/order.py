@@ -109,7 +109,7 @@ class Order:
         windows = (turns + phase) // self.window
         start = np.maximum(windows * self.window - phase, 0)
         end = np.minimum((windows + 1) * self.window - phase, self.stream_length)
-        keys = fork(fork(fork(self._windows_key, epochs), streams), windows)
+        keys = fork(fork(self._windows_key, epochs), (streams << 32) + windows)
         return start + permuted(keys, end - start, turns - start)
 
     def _lay(self, epoch: int) -> Axis:
@@ -156,32 +156,33 @@ def shuffled(keys: Ints, count: int) -> Ints:
 def permuted(keys: Ints, lengths: Ints, index: Ints) -> Ints:
     """Where a keyed permutation of 0 .. length - 1 sends `index`, element by element, without building the permutation.
 
-    A Feistel network on the smallest power of two that is not below the length, walked until it lands inside (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002: fewer than two rounds of it on average).
+    A Feistel network that adds, on pairs of numbers below a and b with a * b just above the length, walked until it lands
+    inside (the generalised Feistel cipher of Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 
     Args:
-        keys, lengths, index: int64 [n]; 0 <= index < length.
+        keys, lengths, index: int64 [n]; 0 <= index < length, lengths below 2^31.
 
     Returns:
         int64 [n].
     """
-    bits = np.ceil(np.log2(lengths)).astype(np.int64)  # exact: windows are far below 2^50
-    low_bits = (bits + 1) // 2
-    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
-    round_keys = [fork(keys, number) for number in range(ROUNDS)]
-    result = index.copy()
-    walking = np.arange(len(index))
-    while len(walking):
-        x, shift = result[walking], low_bits[walking]
-        low, high = x & low_mask[walking], x >> shift
-        for number, round_key in enumerate(round_keys):
-            if number % 2:
-                low ^= fork(round_key[walking], high) & low_mask[walking]
-            else:
-                high ^= fork(round_key[walking], low) & high_mask[walking]
-        result[walking] = low | high << shift
-        walking = walking[result[walking] >= lengths[walking]]
+    lows = np.ceil(np.sqrt(lengths)).astype(np.int64)
+    highs = -(-lengths // lows)
+    high, low = np.divmod(index, lows)
+    for number in range(0, ROUNDS, 2):
+        high = _add(high, fork(keys, low * ROUNDS + number), highs)
+        low = _add(low, fork(keys, high * ROUNDS + number + 1), lows)
+    result: Ints = high * lows + low
+    outside = np.flatnonzero(result >= lengths)
+    if len(outside):
+        result[outside] = permuted(keys[outside], lengths[outside], result[outside])
     return result
+
+
+def _add(numbers: Ints, words: Ints, size: Ints) -> Ints:
+    """(number + a random one below `size`) modulo `size`."""
+    numbers = numbers + ((words & 0x7FFFFFFF) * size >> 31)
+    numbers -= size * (numbers >= size)
+    return numbers
 
 
 def streams_in_use(streams: int, batch_size: int, sequences: int) -> int:

@@ -1,8 +1,8 @@
 """`torchrun recording_worker.py OUT KILL_STEP CONFIG key=value ...`: train, and write down what the model sees.
 
-OUT/<step>-<rank>.json gets a line a sequence: position, shard row, sequence of the shard, and a digest of what the model sees
-of it: masked ids, which tokens are predicted and what they were, dropout keys. When KILL_STEP is written rank 0 kills itself
-(0: never).
+OUT/<step>-<rank>.json gets a line a sequence: position, shard row, sequence of the shard, and a digest of what the model
+sees of it: masked ids, which tokens are predicted and what they were, dropout keys. When KILL_STEP is written rank 0 kills
+itself (0: never).
 """
 
 import hashlib
