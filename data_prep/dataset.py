@@ -161,8 +161,8 @@ class Split:
         if self.shards.dtype != SHARD_ROW:
             where = storage.describe(f"{name}/shards.npy")
             raise InputError(f"{where}: not a shard table of format {FORMAT_VERSION}; shard again")
-        # Tables of 28 bytes a block; 4,096 of them are the working set of the largest number of streams.
-        self.blocks = lru_cache(maxsize=4096)(self._blocks)
+        # Tables of 28 bytes a block: one for each stream that a rank has open.
+        self.blocks = lru_cache(maxsize=16384)(self._blocks)
 
     def _file(self, row: int, ending: str) -> str:
         return f"{self.name}/{int(self.shards['shard'][row]):06d}.{ending}"
@@ -270,15 +270,6 @@ def safe_join(root: Path, relative: str) -> Path:
     if Path(relative).is_absolute() or ".." in Path(relative).parts:
         raise InputError(f"{relative!r}: paths in manifests are relative and without '..'")
     return root / relative
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def npy_array(data: bytes, dtype: np.dtype[Any], start: int = 0, size: int | None = None) -> NDArray[Any]:

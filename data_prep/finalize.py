@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
-from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, file_sha256, npy_bytes
+from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, npy_bytes
 from data_prep.plan import Plan, load_plan, work
 from data_prep.shard import read_marker, shard_rows
+from data_prep.storage import file_sha256
 
 WINDOW_BLOCKS = 4
 MAXIMUM_STREAMS = 4096

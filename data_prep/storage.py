@@ -32,6 +32,7 @@ TRIES = 5
 FIRST_DELAY = 0.5  # seconds before the second try; doubled before each further one
 CONNECT_TIMEOUT = 20.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte; ten times as long for a whole answer
+WRONG_SUM = "sha256 differs from the recorded one"
 REMEDY = "copy the file again or shard again"
 _random = random.Random()  # not the global one: its state belongs to others
 
@@ -106,8 +107,8 @@ class LocalStorage:
         return (self.location / name).read_bytes()
 
     def _file(self, name: str, sha256: str) -> Path:
-        if reason := _wrong_sum(self.read_whole(name), sha256):
-            raise InputError(f"{self.describe(name)}: {reason}; {REMEDY}")
+        if file_sha256(self.location / name) != sha256:
+            raise InputError(f"{self.describe(name)}: {WRONG_SUM}; {REMEDY}")
         return self.location / name
 
     def read(self, name: str, offset: int, size: int, crc32: int, key: str) -> bytes:
@@ -216,7 +217,16 @@ class RemoteStorage:
 
 
 def _wrong_sum(data: bytes, sha256: str) -> str | None:
-    return None if hashlib.sha256(data).hexdigest() == sha256 else "sha256 differs from the recorded one"
+    return None if hashlib.sha256(data).hexdigest() == sha256 else WRONG_SUM
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def redacted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m pretrain <verb>`: train, export, import, bench."""
+"""`python -m pretrain <verb>`: train, export, import, bench, bench-loader, bench-order."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     return run(args)
 
 
+def _bench_loader(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.bench_loader import run
+
+    return run(args)
+
+
+def _bench_order(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.bench_order import run
+
+    return run(args)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description="Masked-language-model pre-training.")
     # The `deepspeed` launcher adds it; the environment, which all launchers set, says the same.
@@ -68,6 +80,16 @@ def build_parser() -> argparse.ArgumentParser:
     from pretrain.bench import add_arguments
 
     add_arguments(bench)
+
+    loader = add_verb(verbs, "bench-loader", _bench_loader, "Loader speed beside webdataset and others, on one core.")
+    from pretrain.bench_loader import add_arguments as add_loader_arguments
+
+    add_loader_arguments(loader)
+
+    order = add_verb(verbs, "bench-order", _bench_order, "How well training shuffles, and what its order costs at scale.")
+    from pretrain.bench_order import add_arguments as add_order_arguments
+
+    add_order_arguments(order)
     return parser
 
 

@@ -36,8 +36,9 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.cli import InputError, dump_json, log, write_atomically
-from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPECIALS, Dataset, ShardWriter, file_sha256, npy_bytes
+from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPECIALS, Dataset, ShardWriter, npy_bytes
 from data_prep.finalize import WINDOW_BLOCKS, streams_of
+from data_prep.storage import file_sha256
 from pretrain.config import Config
 from pretrain.loader import Loader, open_dataset
 from pretrain.masking import CLS, FIRST_CONTENT, SEP
@@ -153,7 +154,7 @@ def build_candidates(config: Config, copies: Copies) -> tuple[dict[str, Start], 
         try:
             candidates |= build(copies, size)
         except ModuleNotFoundError as error:
-            log(f"{package} is left out ({error}); see the extra \"bench\"")
+            log(f'{package} is left out ({error}); see the extra "bench"')
             missing.append(package)
     return candidates, missing
 

@@ -145,6 +145,15 @@ class BlockPool:
         return f"reading {self.split.describe_block(row, number)} for {time.monotonic() - since:.0f} s"
 
 
+def slots_needed(streams: int, window_blocks: int) -> int:
+    """Slots with which a pool reads hardly any block twice while `streams` are open.
+
+    A window that is not aligned with blocks touches one block more than it has, and those of the last window leave only when
+    they are the oldest: one more a stream (`python -m pretrain bench-order` counts what fewer would cost).
+    """
+    return streams * (window_blocks + 2) + 8
+
+
 class Readers:
     """Calls a function on several daemon threads. Unlike concurrent.futures' threads, which the interpreter joins when it
     ends, a read that hangs can't keep the process alive."""

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
-from data_prep.dataset import file_sha256, safe_join
+from data_prep.dataset import safe_join
+from data_prep.storage import file_sha256
 
 FORMAT_VERSION = 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

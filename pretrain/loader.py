@@ -14,10 +14,11 @@ from torch import Tensor
 
 from data_prep.cache import Cache, default_directory
 from data_prep.cli import InputError, log
-from data_prep.dataset import SEQUENCES_PER_BLOCK, Dataset, file_sha256
+from data_prep.dataset import SEQUENCES_PER_BLOCK, Dataset
+from data_prep.storage import file_sha256
 from kernels.attention import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
-from pretrain.blocks import BlockPool
+from pretrain.blocks import BlockPool, slots_needed
 from pretrain.config import Config
 from pretrain.masking import CLS, SEP, Masking
 from pretrain.model import Packed
@@ -121,9 +122,8 @@ class Loader:
         self.order = build_order(config, dataset)
         size, window = config.train.global_batch_size, dataset.manifest["order"]["window_blocks"]
         self._rows = np.array(rank_rows(size, rank, ranks), np.int64)
-        # A window that is not aligned with blocks touches one more than it has; a new one overlaps with the end of the last.
         open_streams = min(self.order.streams, -(-len(self._rows) * self.order.streams // size))
-        needed = min(int(train.shards["blocks"].sum()), open_streams * (window + 1) + open_streams // 2 + 8)
+        needed = min(int(train.shards["blocks"].sum()), slots_needed(open_streams, window))
         bound = int(config.data.memory_gb * 1e9 / (2 * SEQUENCES_PER_BLOCK * width))
         if bound < needed and rank == 0:
             log(
@@ -208,13 +208,14 @@ def build_order(config: Config, dataset: Dataset) -> Order:
     """The order in which a run goes through a dataset."""
     shards, settings = dataset.split("train").shards, dataset.manifest["order"]
     counts = draws(config.data.sampling, dataset.manifest["species"], shards, str(dataset.path))
-    sequences = np.ascontiguousarray(shards["sequences"], np.int64)
+    sequences, size = np.ascontiguousarray(shards["sequences"], np.int64), config.train.global_batch_size
     return Order(
         sequences,
-        streams_in_use(settings["streams"], config.train.global_batch_size, int(sequences.sum())),
+        streams_in_use(settings["streams"], size, int(sequences.sum())),
         settings["window_blocks"],
         config.train.seed,
         species=shards["species"],
+        batch_size=size,
         draws=counts,
     )
 

@@ -1,14 +1,15 @@
 """The order of training: which sequence stands at a position, by arithmetic alone.
 
-An epoch lays the shards end to end in a keyed random order and cuts this axis of N sequences into S equal streams of
-L = floor(N / S) sequences; the fewer than S that remain are left out, others each epoch. A stream is walked through in
-windows of W sequences (some blocks), and inside a window the sequences are permuted by key. Position p takes stream p mod S
-and the next sequence of that stream. So a batch mixes S distant places of the genomes, every sequence comes at most once an
-epoch, a stream reads its shards from front to back, and there is nothing to save but p: no shuffle buffer, no epoch file.
+An epoch lays the shards end to end: species in a keyed order, the shards of a species in a keyed order within. This axis of
+N sequences is rotated by a keyed amount and cut into S equal streams of L = floor(N / S) sequences; the fewer than S that
+remain are left out, others each epoch. A stream is walked through in windows of W sequences (some blocks), and inside a
+window the sequences are permuted by key. A position takes one of the streams, in a fixed turn, and the next sequence of it.
+So a batch is spread evenly over the axis and has its fair share of each species, every sequence comes at most once an epoch,
+a stream reads its shards from front to back, and there is nothing to save but p: no shuffle buffer, no epoch file.
 
 Windows of different streams begin at different times, else all streams would open new blocks in the same steps, on all
-ranks at once. Row i of a batch always meets the same streams (`streams_in_use`), so a rank, whose rows are neighbours, needs
-no block that another rank needs, but for those in which a stream begins or ends.
+ranks at once. Row i of a batch always meets the same streams, which are neighbours on the axis (`streams_in_use`); so a
+rank, whose rows are neighbours, needs no block that another rank needs, but for those in which a stream begins or ends.
 
 With sampling weights a species gives a fixed number of sequences to each epoch: its shards, in a keyed order of their own in
 each pass, are consumed by a counter, and what falls to an epoch are pieces of shards, laid on the axis in the place of whole
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from data_prep.cli import InputError
 from data_prep.dataset import SEQUENCES_PER_BLOCK
-from kernels.random import PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS, fork, root_key
+from kernels.random import PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS, fork, root_key, uniform
 
 Ints = NDArray[np.int64]
 
@@ -39,19 +40,21 @@ class Axis(NamedTuple):
     """The pieces of shards of one epoch, end to end."""
 
     rows: Ints  # [pieces] row of shards.npy
-    first: Ints | None  # [pieces] where the piece begins in its shard; None: at 0, pieces are whole shards
+    first: Ints  # [pieces] where the piece begins in its shard; without sampling weights 0
     starts: Ints  # [pieces] where the piece begins on the axis
+    rotation: int  # where on the axis the first stream begins
 
 
 class Order:
-    """Maps global positions to places. Memory: 16 bytes a shard (24 with sampling weights).
+    """Maps global positions to places. Memory: 40 bytes a shard, around an epoch's end 64.
 
     Args:
         sequences: [shards], sequences of each shard, in the order of shards.npy.
         streams: in use; see `streams_in_use`.
         window_blocks: from the manifest's `order`.
         seed: of the run.
-        species: [shards], the species of each shard; needed with `draws`.
+        species: [shards], the species of each shard; None: there is only one.
+        batch_size: of the run; matters to the order where it divides `streams`. None: as many.
         draws: [species], how many sequences of each species an epoch has (`pretrain.sampling`); None: all, once.
     """
 
@@ -63,18 +66,23 @@ class Order:
         seed: int,
         *,
         species: NDArray[np.integer] | None = None,
+        batch_size: int | None = None,
         draws: Sequence[int] | None = None,
     ) -> None:
         self.sequences = np.ascontiguousarray(sequences, dtype=np.int64)
         total = int(self.sequences.sum())
         if total == 0:
             raise InputError("the training split holds no sequence; shard more bases or lower --valid-fraction")
-        axis_length = total if draws is None else sum(draws)
-        self.streams = min(streams, axis_length)
+        self.axis_length = total if draws is None else sum(draws)
+        self.streams = min(streams, self.axis_length)
         self.window = window_blocks * SEQUENCES_PER_BLOCK
-        self.stream_length = axis_length // self.streams  # L
+        self.stream_length = self.axis_length // self.streams  # L
         self.epoch_length = self.streams * self.stream_length
-        self._species, self._draws = species, draws
+        self._rows = batch_size if batch_size and self.streams % batch_size == 0 else self.streams
+        of_shard = np.zeros(len(self.sequences), np.uint16) if species is None else np.array(species, np.uint16)
+        ends = np.cumsum(np.bincount(of_shard))
+        self._members = np.split(np.argsort(of_shard, kind="stable"), ends[:-1])  # shards of each species
+        self._draws = draws
         self._shards_key, self._species_key, self._windows_key = (
             np.array([root_key(seed, purpose)]) for purpose in (PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS)
         )
@@ -90,17 +98,18 @@ class Order:
             (row of shards.npy, sequence of that shard), each int64 [n].
         """
         epochs, within = np.divmod(positions, self.epoch_length)
-        turns, streams = np.divmod(within, self.streams)
-        on_axis = streams * self.stream_length + self._walk(epochs, streams, turns)
+        turns, slots = np.divmod(within, self.streams)
+        batches, batch_rows = np.divmod(slots, self._rows)
+        streams = batch_rows * (self.streams // self._rows) + batches
+        in_order = streams * self.stream_length + self._walk(epochs, streams, turns)
         rows, inside = np.empty_like(positions), np.empty_like(positions)
         for epoch in np.unique(epochs):
-            axis = self._axis(int(epoch))
-            here = epochs == epoch
-            piece = np.searchsorted(axis.starts, on_axis[here], side="right") - 1
+            axis, here = self._axis(int(epoch)), epochs == epoch
+            on_axis = in_order[here] + axis.rotation
+            on_axis -= self.axis_length * (on_axis >= self.axis_length)
+            piece = np.searchsorted(axis.starts, on_axis, side="right") - 1
             rows[here] = axis.rows[piece]
-            inside[here] = on_axis[here] - axis.starts[piece]
-            if axis.first is not None:
-                inside[here] += axis.first[piece]
+            inside[here] = on_axis - axis.starts[piece] + axis.first[piece]
         return rows, inside
 
     def _walk(self, epochs: Ints, streams: Ints, turns: Ints) -> Ints:
@@ -114,25 +123,26 @@ class Order:
 
     def _lay(self, epoch: int) -> Axis:
         key = fork(self._shards_key, epoch)
-        if self._draws is None:
-            rows = shuffled(key, len(self.sequences))[0]
-            counts = self.sequences[rows]
-            return Axis(rows, None, np.cumsum(counts) - counts)
-        pieces = [self._pieces(epoch, species, count) for species, count in enumerate(self._draws) if count]
-        order = shuffled(key, sum(len(rows) for rows, _, _ in pieces))[0]
-        rows, first, counts = (np.concatenate(parts)[order] for parts in zip(*pieces, strict=True))
-        return Axis(rows, first, np.cumsum(counts) - counts)
+        shards_key, species_key, rotation_key = (fork(key, number) for number in range(3))
+        parts = []
+        for species in shuffled(species_key, len(self._members))[0].tolist():
+            pieces = self._pieces(epoch, species)
+            mixed = shuffled(fork(shards_key, species), len(pieces[0]))[0]
+            parts.append([column[mixed] for column in pieces])
+        rows, first, counts = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return Axis(rows, first, np.cumsum(counts) - counts, int(uniform(rotation_key)[0] * self.axis_length))
 
-    def _pieces(self, epoch: int, species: int, count: int) -> tuple[Ints, Ints, Ints]:
-        """The part of an epoch that falls to a species: rows of shards, first sequence, number of sequences."""
-        assert self._species is not None
-        members = np.flatnonzero(self._species == species)
+    def _pieces(self, epoch: int, species: int) -> tuple[Ints, Ints, Ints]:
+        """What a species gives to an epoch: rows of shards, first sequence and number of sequences of each piece."""
+        members = self._members[species]
         sizes = self.sequences[members]
-        whole = int(sizes.sum())
-        begin, end = epoch * count, (epoch + 1) * count  # on the axis of all passes of the species
-        passes = np.arange(begin // whole, (end - 1) // whole + 1)
+        if self._draws is None:
+            return members, np.zeros_like(members), sizes
+        count, whole = self._draws[species], max(1, int(sizes.sum()))
+        begin, end = epoch * count, (epoch + 1) * count  # on the axis of all passes over the species
+        passes = np.arange(begin // whole, -(-end // whole))
         order = shuffled(fork(fork(self._species_key, species), passes), len(members)).reshape(-1)
-        ends = np.cumsum(sizes[order]) + passes[0] * whole
+        ends = np.cumsum(sizes[order]) + begin // whole * whole
         starts = ends - sizes[order]
         first, last = np.maximum(begin - starts, 0), np.minimum(end - starts, sizes[order])
         some = last > first

@@ -134,7 +134,7 @@ def test_ranks_read_a_block_once_but_where_streams_begin_and_end(
     sizes: list[int], streams: int, batch: int, ranks: int
 ) -> None:
     streams = streams_in_use(streams, batch, 10**9)
-    order = Order(np.array(sizes), streams, 2, 0)
+    order = Order(np.array(sizes), streams, 2, 0, species=np.arange(len(sizes)) % 3, batch_size=batch)
     blocks = sum(-(-size // BLOCK) for size in sizes)
     pairs = set()
     for start in range(0, order.epoch_length - batch + 1, batch):
@@ -151,6 +151,25 @@ def test_ranks_share_a_batch_without_gap_or_overlap(batch: int, ranks: int, micr
     assert list(itertools.chain.from_iterable(rows)) == list(range(batch))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
     assert micro_batches(batch, ranks, micro) == -(-max(map(len, rows)) // micro)
+
+
+def test_what_is_left_out_is_another_part_each_epoch() -> None:
+    order = Order(np.array([20]), 7, 2, 0)
+    epochs = [set(places(order, epoch * 14, (epoch + 1) * 14)) for epoch in range(30)]
+    assert all(len(epoch) == 14 for epoch in epochs)
+    assert len(set.union(*epochs)) == 20
+
+
+@pytest.mark.parametrize(("streams", "batch"), [(32, 32), (64, 16)])
+def test_each_batch_has_its_share_of_each_species_and_of_the_whole_axis(streams: int, batch: int) -> None:
+    species = np.repeat([0, 1, 2], [40, 20, 20])
+    order = Order(np.full(80, 40), streams, 2, 0, species=species, batch_size=batch)
+    for start in range(0, order.epoch_length, batch):
+        found = places(order, start, start + batch)
+        counts = np.bincount([species[row] for row, _ in found], minlength=3)
+        # A species is one stretch of the axis, which is cut once: its ends and the cut move it by less than a row each.
+        assert np.abs(counts - batch * np.array([0.5, 0.25, 0.25])).max() <= 3
+        assert len({row for row, _ in found}) >= batch - 1  # all from different shards, but for the cut
 
 
 def test_windows_of_streams_do_not_begin_together() -> None:
