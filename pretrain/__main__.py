@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "Train, or go on with the run in run_dir. Started alone, by torchrun, by deepspeed or by srun. "
-        "Exit status: 0 done, 2 bad input, 75 stopped on request (run again), 1 failed; also in RUN_DIR/exit.json.",
+        "Exit status: 0 done, 2 bad input, 70 no data came, 75 stopped on request (run again), 1 failed; also in "
+        "RUN_DIR/exit.json.",
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset such as tiny")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")

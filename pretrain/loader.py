@@ -119,7 +119,7 @@ class Loader:
     ) -> None:
         self.dataset, self.config, self.rank, self.ranks, self.pin = dataset, config, rank, ranks, pin
         train, valid, width = dataset.split("train"), dataset.split("valid"), dataset.manifest["sequence_length"] - 2
-        self.order = build_order(config, dataset)
+        self.order = build_order(config, dataset, report=rank == 0)
         size, window = config.train.global_batch_size, dataset.manifest["order"]["window_blocks"]
         self._rows = np.array(rank_rows(size, rank, ranks), np.int64)
         open_streams = min(self.order.streams, -(-len(self._rows) * self.order.streams // size))
@@ -204,10 +204,10 @@ class Loader:
             yield batch.pin() if self.pin else batch
 
 
-def build_order(config: Config, dataset: Dataset) -> Order:
-    """The order in which a run goes through a dataset."""
+def build_order(config: Config, dataset: Dataset, report: bool = False) -> Order:
+    """The order in which a run goes through a dataset. `report`: log what sampling weights come to."""
     shards, settings = dataset.split("train").shards, dataset.manifest["order"]
-    counts = draws(config.data.sampling, dataset.manifest["species"], shards, str(dataset.path))
+    counts = draws(config.data.sampling, dataset.manifest["species"], shards, str(dataset.path), report)
     sequences, size = np.ascontiguousarray(shards["sequences"], np.int64), config.train.global_batch_size
     return Order(
         sequences,

@@ -11,7 +11,9 @@ from data_prep.cli import InputError, log
 from pretrain.config import SamplingConfig
 
 
-def draws(config: SamplingConfig, species: list[dict[str, Any]], shards: NDArray[np.void], source: str) -> list[int] | None:
+def draws(
+    config: SamplingConfig, species: list[dict[str, Any]], shards: NDArray[np.void], source: str, report: bool = False
+) -> list[int] | None:
     """Sequences of each species in an epoch, which is as long as the training split.
 
     Args:
@@ -19,6 +21,7 @@ def draws(config: SamplingConfig, species: list[dict[str, Any]], shards: NDArray
         species: the manifest's table, with `name` and `category` of each row.
         shards: the training split's table, rows of SHARD_ROW.
         source: named in errors.
+        report: log how often an epoch passes over the most and the least drawn species.
 
     Returns:
         [species], or None for the natural shares: every sequence once an epoch.
@@ -32,11 +35,12 @@ def draws(config: SamplingConfig, species: list[dict[str, Any]], shards: NDArray
     if config.weights is not None:
         shares = _explicit(config.weights, species, available, source)
     else:
-        shares = (available / available.sum()) ** (1.0 / config.temperature)
+        shares = (available / available.max()) ** (1.0 / config.temperature)  # the largest is 1: they can't all vanish
     counts = apportion(shares / shares.sum(), int(available.sum()))
-    passes = {row["name"]: count / max(1, int(n)) for row, count, n in zip(species, counts, available, strict=True) if count}
-    most, least = max(passes, key=lambda name: passes[name]), min(passes, key=lambda name: passes[name])
-    log(f"{source}: an epoch passes {passes[most]:.3g} times over {most}, {passes[least]:.3g} times over {least}")
+    if report:
+        passes = sorted((count / n, row["name"]) for row, count, n in zip(species, counts, available, strict=True) if n)
+        (least, rare), (most, frequent) = passes[0], passes[-1]
+        log(f"{source}: an epoch passes {most:.3g} times over {frequent}, {least:.3g} times over {rare}")
     return counts
 
 

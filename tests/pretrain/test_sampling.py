@@ -41,6 +41,7 @@ def test_temperature_moves_shares_towards_each_other() -> None:
     roots = np.sqrt([600, 300, 100])
     assert counts(temperature=2) == [*(np.round(1000 * roots / roots.sum()).astype(int)), 0]
     assert counts(temperature=1e9) == [334, 333, 333, 0]
+    assert counts(temperature=1e-6) == [1000, 0, 0, 0]
 
 
 def test_weights_are_of_a_species_or_of_a_category_by_size() -> None:
