@@ -12,6 +12,7 @@ import math
 import statistics
 import tempfile
 import time
+import timeit
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from data_prep.cli import InputError, log
 from data_prep.dataset import SEQUENCES_PER_BLOCK, SHARD_ROW, Dataset
 from data_prep.finalize import WINDOW_BLOCKS, streams_of
 from data_prep.storage import file_sha256
+from pretrain.blocks import slot_bytes, slots_needed
 from pretrain.order import Ints, Order, rank_rows, streams_in_use
 
 PARTS = ("shuffle", "scale")
@@ -34,11 +36,9 @@ LARGE = (1_000_000, 40)  # the same of part `scale`: 10 TB of tokens
 SHARING = ((1000, 4, 512), (12, 1, 2048))  # shards, blocks a shard, batch; in the second, more rows than streams
 SHARING_RANKS = (1, 3, 8, 100)
 RUNS = ((8, 4096), (1000, 16384), (10_000, 16384), (10_000, 65536))  # (ranks, batch) whose reads are followed
-MORE_STREAMS = 65536  # beside what `finalize` chooses
 NEAR = 100  # sequences: about 50,000 bases
 CONTENT_TOKENS = 126  # of a full sequence; [CLS] and [SEP] make it 128
 BLOCK_BYTES = 287_744  # of a full block in its tar, which is also the size of a read
-TOKENS_PER_SECOND = 700_000  # of one GPU, with [CLS] and [SEP]
 STEPS = 8192  # followed for each rank; in the second half nothing is left of the burst at the start
 AT_ONCE = 1 << 18  # positions a call
 
@@ -53,6 +53,7 @@ FIGURES = {
     "near_in_batch": f"share of sequences with another one of their batch at most {NEAR} sequences away in the genome",
     "species_spread_in_batch": "spread of a species' count over batches; 1: as if each sequence were drawn by chance",
     "species_drift_points": "largest change of a species' share in any hundredth of the epoch, in percentage points",
+    "rarest_species_spread": "share of the hundredths of the epoch in which the rarest species comes",
 }
 
 
@@ -108,10 +109,9 @@ def shuffle(args: argparse.Namespace) -> dict[str, Any]:
         shards, settings = dataset.split("train").shards, dataset.manifest["order"]
         streams, window = streams or settings["streams"], settings["window_blocks"]
     sequences, species, batch = shards["sequences"].astype(np.int64), shards["species"], args.batch or 256
-    total = int(sequences.sum())
-    if batch > total:
+    if batch > (total := int(sequences.sum())):
         raise InputError(f"--batch {batch}: more than the {total} sequences; take a smaller one")
-    order = Order(sequences, streams_in_use(streams_of(streams, total), batch, total), window, seed=0)
+    order = make_order(shards, streams_of(streams, total), batch, window)
     starts = np.cumsum(sequences) - sequences
     ours = np.concatenate([starts[rows] + inside for rows, inside in epoch_places(order)])
     full = np.random.default_rng(0).permutation(total)[: len(ours)]
@@ -123,6 +123,13 @@ def shuffle(args: argparse.Namespace) -> dict[str, Any]:
     for key, meaning in FIGURES.items():
         log(f"{found['ours'][key]:12.5g} {found['full_permutation'][key]:18.5g}  {meaning}")
     return {"setting": setting, **found}
+
+
+def make_order(shards: NDArray[np.void], streams: int, batch: int, window: int = WINDOW_BLOCKS) -> Order:
+    """The order of a run, made as the loader makes it, of a table of shards and the dataset's `streams`."""
+    sequences = np.ascontiguousarray(shards["sequences"], np.int64)
+    streams = streams_in_use(streams, batch, int(sequences.sum()))
+    return Order(sequences, streams, window, seed=0, species=shards["species"], batch_size=batch)
 
 
 def epoch_places(order: Order) -> Iterator[tuple[Ints, Ints]]:
@@ -185,74 +192,67 @@ def _mixture(species_bk: Ints) -> dict[str, float]:
     until = np.concatenate([np.zeros((1, kinds), np.int64), np.cumsum(counts, axis=0)])
     window = max(1, batches // 100)
     drift = np.abs((until[window:] - until[:-window]) / (window * batch) - share).max()
+    hundredths = np.diff(until[np.arange(0, batches + 1, window)], axis=0)
+    rarest = int(np.where(share > 0, share, 1).argmin())
     return {
         "species_spread_in_batch": math.sqrt(float(counts.var(axis=0).sum()) / chance) if chance else 0.0,
         "species_drift_points": 100 * float(drift),
+        "rarest_species_spread": float(np.mean(hundredths[:, rarest] > 0)),
     }
 
 
 def scale(shards: int, streams: int | None, runs: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Part `scale`: what an order costs a rank, what ranks read, how the mixture drifts, which blocks two ranks read."""
+    """Part `scale`: how the mixture drifts, what an order costs a rank, what ranks read, which blocks two ranks read."""
     table = shard_table(shards, LARGE[1])
-    sequences = table["sequences"].astype(np.int64)
-    total = int(sequences.sum())
-    few = streams_of(streams, total)
-    choices = (few, MORE_STREAMS) if streams is None else (few,)
+    total = int(table["sequences"].sum())
+    streams = streams_of(streams, total)
     ranks, batch = runs[len(runs) // 2]
-    setting = {"shards": shards, "sequences": total, "tokens": total * CONTENT_TOKENS, "bytes": int(table["bytes"].sum())}
+    setting = {"shards": shards, "sequences": total, "bytes": int(table["bytes"].sum()), "streams": streams}
+    drifted = drift(make_order(table, streams, streams), table["species"])
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "shards.npy"
         np.save(path, table, allow_pickle=False)
         costs = []
         for rank in sorted({0, ranks // 2, ranks - 1}):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a fresh process each
-                costs.append(pool.submit(rank_cost, path, few, batch, rank, ranks).result())
-    reads, mixtures = [], []
-    for choice in choices:
-        for ranks, batch in runs:
-            order = Order(sequences, streams_in_use(choice, batch, total), WINDOW_BLOCKS, seed=0)
-            reads.append({"dataset_streams": choice, "ranks": ranks, "batch": batch, **reading(order, batch, ranks)})
-        order = Order(sequences, choice, WINDOW_BLOCKS, seed=0)
-        mixtures.append({"streams": choice, "species_drift_points": drift(order, table["species"])})
+                costs.append(pool.submit(rank_cost, path, streams, batch, rank, ranks).result())
+    reads = [
+        {"ranks": ranks, "batch": batch, **reading(make_order(table, streams, batch), batch, ranks)} for ranks, batch in runs
+    ]
     shared = [sharing(*size) for size in SHARING]
-    _table("Scale", [setting])
+    _table("Scale", [{**setting, "species_drift_points": drifted}])
     _table("What the order costs a rank, each measured in a fresh process", costs)
     _table("Blocks that a rank reads when it starts in the middle of an epoch", reads)
-    _table("Drift of the mixture, as in part shuffle, from a sample", mixtures)
     _table("Pairs (rank, block) in an epoch for some numbers of ranks, and pairs (stream, block)", shared)
-    return {"setting": setting, "costs": costs, "reads": reads, "mixtures": mixtures, "sharing": shared}
+    return {"setting": setting, "species_drift_points": drifted, "costs": costs, "reads": reads, "sharing": shared}
 
 
 def rank_cost(path: Path, streams: int, batch: int, rank: int, ranks: int) -> dict[str, Any]:
     """Seconds and memory that a rank spends on the order of the table at `path`; memory on Linux only.
 
     `check`: the sum of shards.npy, which opening a dataset compares; `build`: read the table and make the order; `seek`: the
-    first places, in the middle of the epoch; `step`: the places of a step, asked for in bulk as the loader does.
+    first places, mid-epoch; `step`: the places of a step, in bulk as in the loader; memory: after the third epoch's end.
     """
     from pretrain.loader import PLACES_AT_ONCE  # here, because it imports all of training
 
-    Order(np.full(9, 9), 4, WINDOW_BLOCKS, seed=0).places(np.arange(40))  # code that is loaded at its first use
+    make_order(shard_table(9, 1), 4, 4).places(np.arange(40))  # code that is loaded at its first use
     rows = np.array(rank_rows(batch, rank, ranks), np.int64)
     before, clock = _memory(), [time.perf_counter()]
     file_sha256(path)
     clock.append(time.perf_counter())
     shards = np.load(path, mmap_mode="r", allow_pickle=False)
-    sequences = np.ascontiguousarray(shards["sequences"], np.int64)
-    order = Order(sequences, streams_in_use(streams, batch, int(sequences.sum())), WINDOW_BLOCKS, seed=0)
+    order = make_order(shards, streams, batch)
     clock.append(time.perf_counter())
-    middle = order.epoch_length // 2 // batch * batch
-    order.places(middle + rows)
+    order.places(order.epoch_length // 2 // batch * batch + rows)
     clock.append(time.perf_counter())
+    for epoch in range(1, 4):
+        order.places(epoch * order.epoch_length + rows)
     growth = {key: value - before[key] for key, value in _memory().items()}
     steps = max(1, PLACES_AT_ONCE // len(rows))
-    positions = (middle + rows + batch * np.arange(steps)[:, None]).reshape(-1)
-    seconds = []
-    for _ in range(15):
-        start = time.perf_counter()
-        order.places(positions)
-        seconds.append((time.perf_counter() - start) / steps)
+    positions = (3 * order.epoch_length + rows + batch * np.arange(steps)[:, None]).reshape(-1)
+    seconds = statistics.median(timeit.repeat(lambda: order.places(positions), number=1, repeat=15)) / steps
     check, build, seek = np.diff(clock).tolist()
-    spent = {"check_s": check, "build_s": build, "seek_s": seek, "step_us": 1e6 * statistics.median(seconds)}
+    spent = {"check_s": check, "build_s": build, "seek_s": seek, "step_us": 1e6 * seconds}
     return {"ranks": ranks, "batch": batch, "rank": rank, "rows": len(rows), **spent, **growth}
 
 
@@ -271,24 +271,25 @@ def reading(order: Order, batch: int, ranks: int) -> dict[str, float]:
     """What a rank reads that starts in the middle of epoch 0: blocks, an average of up to 16 ranks, and what they amount to.
 
     `at_least`: in a thousand steps, if every block were full and read once. `most_in_a_step`: of any rank, after the start.
+    `with_fewer_slots`: how many times as many blocks are read if the pool has a slot a stream less.
     """
     rows = -(-batch // ranks)
     streams = min(order.streams, -(-rows * order.streams // batch))
-    slots = streams * (WINDOW_BLOCKS + 1) + streams // 2 + 8  # of the loader's pool
+    slots = slots_needed(streams, WINDOW_BLOCKS)
     count = max(1, min(ranks, 16, (1 << 22) // (rows * STEPS)))
     middle = (ranks - count) // 2
     read = np.stack([blocks_read(order, batch, rank, ranks, STEPS, slots) for rank in range(middle, middle + count)])
+    fewer = blocks_read(order, batch, middle, ranks, STEPS, slots - streams)
     return {
         "streams": order.streams,
         "streams_a_rank": streams,
-        "first_step": float(read[:, 0].mean()),
         "first_16_steps": float(read[:, :16].sum(axis=1).mean()),
         "per_1000_steps": float(1000 * read[:, STEPS // 2 :].mean()),
+        "with_fewer_slots": float(fewer[STEPS // 2 :].sum() / max(1, read[0, STEPS // 2 :].sum())),
         "at_least": 1000 * batch / ranks / SEQUENCES_PER_BLOCK,
         "most_in_a_step": int(read[:, STEPS // 2 :].max()),
-        "mb_per_second": TOKENS_PER_SECOND / (CONTENT_TOKENS + 2) / SEQUENCES_PER_BLOCK * BLOCK_BYTES / 1e6,
         "burst_mb": streams * (WINDOW_BLOCKS + 1) * BLOCK_BYTES / 1e6,
-        "memory_mb": slots * SEQUENCES_PER_BLOCK * (2 * CONTENT_TOKENS + 16) / 1e6,  # 16: its start and length
+        "memory_mb": slots * slot_bytes(CONTENT_TOKENS) / 1e6,
     }
 
 
@@ -297,10 +298,10 @@ def blocks_read(order: Order, batch: int, rank: int, ranks: int, steps: int, slo
     rows = np.array(rank_rows(batch, rank, ranks), np.int64)
     first = order.epoch_length // 2 // batch * batch
     positions = (first + rows + batch * np.arange(steps)[:, None]).reshape(-1)
-    read, kept, number = np.zeros(steps, np.int64), OrderedDict[int, None](), 0
+    read, kept = np.zeros(steps, np.int64), OrderedDict[int, None]()
     for start in range(0, len(positions), AT_ONCE):
         shards, inside = order.places(positions[start : start + AT_ONCE])
-        for block in ((shards << 32) + inside // SEQUENCES_PER_BLOCK).tolist():
+        for number, block in enumerate(((shards << 32) + inside // SEQUENCES_PER_BLOCK).tolist(), start):
             if block in kept:
                 kept.move_to_end(block)
             else:
@@ -308,7 +309,6 @@ def blocks_read(order: Order, batch: int, rank: int, ranks: int, steps: int, slo
                 read[number // len(rows)] += 1
                 if len(kept) > slots:
                     kept.popitem(last=False)
-            number += 1
     return read
 
 
@@ -327,8 +327,7 @@ def sharing(shards: int, blocks_a_shard: int, batch: int) -> dict[str, int]:
     table = shard_table(shards, blocks_a_shard)
     sequences, blocks = table["sequences"].astype(np.int64), table["blocks"].astype(np.int64)
     first, total = np.cumsum(blocks) - blocks, int(blocks.sum())
-    streams = streams_in_use(streams_of(None, int(sequences.sum())), batch, int(sequences.sum()))
-    order = Order(sequences, streams, WINDOW_BLOCKS, seed=0)
+    order = make_order(table, streams_of(None, int(sequences.sum())), batch)
     position_p = np.arange(order.epoch_length)
     rows, inside = (np.concatenate(parts) for parts in zip(*epoch_places(order), strict=True))
     block_p = first[rows] + inside // SEQUENCES_PER_BLOCK

@@ -30,7 +30,7 @@ class BlockPool:
     Args:
         split: what is read.
         width: content tokens of the longest sequence.
-        capacity: slots; 2 * 1024 * width bytes each, which the system gives as they are filled.
+        capacity: slots of `slot_bytes(width)` each, which the system gives as they are filled.
         threads: blocks that are read at once.
         skip_damaged: leave the sequences of damaged blocks out instead of raising DamagedBlock.
     """
@@ -143,6 +143,11 @@ class BlockPool:
             return "no block is being read"
         row, number, since = min(reads, key=lambda read: read[2])
         return f"reading {self.split.describe_block(row, number)} for {time.monotonic() - since:.0f} s"
+
+
+def slot_bytes(width: int) -> int:
+    """Memory of a slot: tokens, and where each sequence starts and how long it is."""
+    return SEQUENCES_PER_BLOCK * (2 * width + 16)
 
 
 def slots_needed(streams: int, window_blocks: int) -> int:

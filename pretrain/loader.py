@@ -14,11 +14,11 @@ from torch import Tensor
 
 from data_prep.cache import Cache, default_directory
 from data_prep.cli import InputError, log
-from data_prep.dataset import SEQUENCES_PER_BLOCK, Dataset
+from data_prep.dataset import Dataset
 from data_prep.storage import file_sha256
 from kernels.attention import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
-from pretrain.blocks import BlockPool, slots_needed
+from pretrain.blocks import BlockPool, slot_bytes, slots_needed
 from pretrain.config import Config
 from pretrain.masking import CLS, SEP, Masking
 from pretrain.model import Packed
@@ -124,7 +124,7 @@ class Loader:
         self._rows = np.array(rank_rows(size, rank, ranks), np.int64)
         open_streams = min(self.order.streams, -(-len(self._rows) * self.order.streams // size))
         needed = min(int(train.shards["blocks"].sum()), slots_needed(open_streams, window))
-        bound = int(config.data.memory_gb * 1e9 / (2 * SEQUENCES_PER_BLOCK * width))
+        bound = int(config.data.memory_gb * 1e9 / slot_bytes(width))
         if bound < needed and rank == 0:
             log(
                 f"data.memory_gb {config.data.memory_gb} holds {bound} blocks of the {needed} that a rank has open at once: "

@@ -46,7 +46,7 @@ class Axis(NamedTuple):
 
 
 class Order:
-    """Maps global positions to places. Memory: 40 bytes a shard, around an epoch's end 64.
+    """Maps global positions to places. Memory: 40 bytes a shard, 64 once a second epoch has begun.
 
     Args:
         sequences: [shards], sequences of each shard, in the order of shards.npy.
@@ -115,6 +115,8 @@ class Order:
     def _walk(self, epochs: Ints, streams: Ints, turns: Ints) -> Ints:
         """Which sequence of its stream comes at a turn."""
         phase = (streams * _GOLDEN_32 & 0xFFFFFFFF) * self.window >> 32
+        if self.stream_length <= self.window:  # the whole stream is one window: nothing to stagger
+            phase[:] = 0
         windows = (turns + phase) // self.window
         start = np.maximum(windows * self.window - phase, 0)
         end = np.minimum((windows + 1) * self.window - phase, self.stream_length)

@@ -9,8 +9,7 @@ import pytest
 from data_prep.cli import InputError
 from data_prep.dataset import SEQUENCES_PER_BLOCK
 from pretrain import bench_order
-from pretrain.bench_order import FIGURES, add_arguments, blocks_read, figures, run, shard_table, sharing
-from pretrain.order import Order
+from pretrain.bench_order import FIGURES, add_arguments, blocks_read, figures, make_order, run, shard_table, sharing
 
 
 def arguments(*argv):
@@ -56,16 +55,17 @@ def test_neighbours_of_other_shards_and_sequences_that_are_left_out_do_not_count
 def test_mixtures_of_species():
     apart = count(range(4000), [2000, 2000], batch=10, species=[0, 1])
     assert apart["species_drift_points"] == pytest.approx(50.0)  # one half of the epoch holds the one, one half the other
+    assert apart["rarest_species_spread"] == pytest.approx(0.5)
     alternating = count(np.arange(4000).reshape(2, -1).T.reshape(-1), [2000, 2000], batch=10, species=[0, 1])
     assert alternating["species_spread_in_batch"] == alternating["species_drift_points"] == 0.0
+    assert alternating["rarest_species_spread"] == 1.0
     shuffled = count(np.random.default_rng(0).permutation(100_000), [50_000, 50_000], batch=10, species=[0, 1])
     assert shuffled["species_spread_in_batch"] == pytest.approx(1.0, abs=0.05)
     assert count(range(40), [40], batch=4)["species_spread_in_batch"] == 0.0  # a single species has nothing to mix
 
 
 def test_blocks_are_read_once_where_there_is_room():
-    table = shard_table(10, 2)
-    order = Order(table["sequences"], 64, 4, 0)
+    order = make_order(shard_table(10, 2), 64, 64)
     steps = order.stream_length // 2
     opened = blocks_read(order, 64, 1, 4, steps, slots=10**6)
     positions = order.epoch_length // 2 // 64 * 64 + np.arange(16, 32) + 64 * np.arange(steps)[:, None]
@@ -104,10 +104,10 @@ def test_the_verb_scales(monkeypatch, capfd):
     monkeypatch.setattr(bench_order, "SHARING", ((4, 1, 16),))
     result = run(arguments("scale", "--shards", "30", "--streams", "64", "--ranks", "1", "--batch", "32"))["scale"]
     json.dumps(result)
-    (cost,), (read,), (mixture,), (shared,) = (result[key] for key in ("costs", "reads", "mixtures", "sharing"))
+    (cost,), (read,), (shared,) = (result[key] for key in ("costs", "reads", "sharing"))
     assert cost["rank"] == 0 and cost["rows"] == 32 and min(cost["build_s"], cost["seek_s"], cost["step_us"]) > 0
-    assert read["streams_a_rank"] == read["streams"] == mixture["streams"] == 64
-    assert read["first_step"] == 32 <= read["first_16_steps"]
+    assert read["streams_a_rank"] == read["streams"] == result["setting"]["streams"] == 64
+    assert read["first_16_steps"] >= 64 and read["per_1000_steps"] >= read["at_least"] and read["with_fewer_slots"] >= 1
     assert shared["batch"] == 16
     assert capfd.readouterr().out == ""
 
