@@ -1,7 +1,8 @@
 """A directory of bounded size for what was read from URLs, shared by the processes of a node. Imports no torch.
 
-    <directory>/files/<sha256 of the file>                        whole small files
+    <directory>/files/<sha256 of the file>                          tokenizer and tables: whole files, used by their path
     <directory>/blocks/<two hex digits>/<sha256 of a tar>-<offset>  blocks of shards
+    <directory>/blocks/<two hex digits>/<sha256 of the file>        indices of shards
 
 Names are those of contents, so nothing in it is ever out of date, and what is found is checked like what is fetched.
 """
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,15 @@ from pathlib import Path
 from data_prep.cli import log, one_line
 
 ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken to be dead
+PAUSE = 60.0  # seconds without another look when one found no room
 
 
 @dataclass(frozen=True)
 class Cache:
     """Where to keep what was read from URLs, and how many bytes at most.
 
-    The blocks least recently used go first; whole files (tokenizer, tables) are counted too but stay. Each process looks at
-    the directory only now and then, so that of several processes each may pass the limit by a twentieth for a while.
+    The blocks and indices least recently used go first; tokenizer and tables are counted too but stay. Each process looks
+    at the directory only now and then, so that of several processes each may pass the limit by a twentieth for a while.
     """
 
     directory: Path
@@ -41,21 +44,22 @@ def default_directory() -> Path:
 
 
 class BlockCache:
-    """The blocks of a cache directory. Other processes may write and remove there at any time."""
+    """The blocks and indices of a cache directory. Other processes may write and remove there at any time."""
 
     def __init__(self, cache: Cache) -> None:
         self._directory, self._limit = cache.directory, cache.limit_bytes
         self._lock = threading.Lock()
         self._used, self._written = self._limit, 0  # bytes there, at a guess; bytes of ours since the last look
+        self._next_look = 0.0  # not before this time of the monotonic clock
         self._complained = False
 
-    def get(self, path: Path, size: int, crc32: int) -> bytes | None:
-        """The cached bytes, or None; damaged ones are removed."""
+    def get(self, path: Path, problem: Callable[[bytes], str | None]) -> bytes | None:
+        """The cached bytes, or None; those with a `problem` are removed."""
         try:
             data = path.read_bytes()
         except OSError:
             return None
-        damaged = damage(data, size, crc32)
+        damaged = problem(data)
         with suppress(OSError):
             path.unlink() if damaged else os.utime(path)
         return None if damaged else data
@@ -66,9 +70,15 @@ class BlockCache:
         try:
             with self._lock:
                 if self._used + size > self._limit or self._written + size > self._limit // 20:
-                    self._look(size)
-                if self._used + size > self._limit:
-                    return
+                    if time.monotonic() < self._next_look:
+                        return
+                    try:
+                        self._look(size)
+                    finally:
+                        full = self._used + size > self._limit
+                        self._next_look = time.monotonic() + PAUSE if full else 0.0
+                    if full:
+                        return
                 self._used += size
                 self._written += size
             store(path, data)

@@ -168,36 +168,38 @@ class Split:
         return f"{self.name}/{int(self.shards['shard'][row]):06d}.{ending}"
 
     def _blocks(self, row: int) -> NDArray[np.void]:
-        """The shard's block table (BLOCK_ROW)."""
+        """The shard's block table (BLOCK_ROW). Raises DamagedBlock naming the index file, or OSError."""
         shard, name = self.shards[row], self._file(row, "index.npy")
-        path = self.storage.file(name, shard["index_sha256"].tobytes().hex())
-        table = npy_array(path.read_bytes(), BLOCK_ROW)
+        table = npy_array(self.storage.small(name, shard["index_sha256"].tobytes().hex()), BLOCK_ROW)
         if not (
             len(table) == shard["blocks"]
             and (table["sequences"][:-1] == SEQUENCES_PER_BLOCK).all()
             and table["sequences"].sum() == shard["sequences"]
         ):
-            where = self.storage.describe(name)
-            raise InputError(f"{where}: does not match its row {row} of shards.npy; shard this unit again")
+            raise DamagedBlock(self.storage.describe(name), f"it does not match its row {row} of shards.npy")
         return table
 
+    def describe_shard(self, row: int) -> str:
+        """The shard's path or URL, for messages. Reads nothing, so that it can be asked while reading hangs."""
+        return self.storage.describe(self._file(row, "tar"))
+
     def describe_block(self, row: int, block: int) -> str:
-        """Where the block lies, for messages."""
-        offset = self.blocks(row)["offset"][block]
-        return f"{self.storage.describe(self._file(row, 'tar'))}: block {block} at offset {offset}"
+        """Where a block lies that was read, for messages. Reads the index if that is not in memory."""
+        return f"{self.describe_shard(row)}: block {block} at offset {self.blocks(row)['offset'][block]}"
 
     def read_block(self, row: int, block: int) -> Block:
         """Read and check one block by its byte range.
 
-        Raises DamagedBlock naming shard, block and offset when the bytes are not those that were written, OSError when
-        reading failed for a reason that may pass.
+        Raises DamagedBlock naming shard, block and offset when the bytes are not those that were written, or naming the
+        shard's index when that is missing or not the recorded one; OSError when reading failed for a reason that may pass.
         """
         entry, key = self.blocks(row)[block], self.shards["sha256"][row].tobytes().hex()
         offset, size, crc32 = (int(entry[field]) for field in ("offset", "size", "crc32"))
         try:
             data = self.storage.read(self._file(row, "tar"), offset, size, crc32, key)
         except DamagedBlock as error:
-            raise DamagedBlock(self.describe_block(row, block), error.reason) from None
+            place = f"{self.describe_shard(row)}: block {block} at offset {offset}"
+            raise DamagedBlock(place, error.reason) from None
         return parse_block(data)
 
 

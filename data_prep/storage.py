@@ -62,7 +62,16 @@ class Storage(Protocol):
         """A whole file from its source. Raises FileNotFoundError, or OSError for what may pass."""
 
     def file(self, name: str, sha256: str) -> Path:
-        """A local path of a whole small file with the hexadecimal `sha256`. Raises InputError if it has another."""
+        """A local path of a whole file with the hexadecimal `sha256`: tokenizer and tables, of which there are few.
+
+        Raises InputError if the file has another sum, OSError if it can't be read or its copy can't be written.
+        """
+
+    def small(self, name: str, sha256: str) -> bytes:
+        """A whole small file with the hexadecimal `sha256`: an index, of which there are many.
+
+        Raises DamagedBlock when the file is missing or has another sum, OSError for what may pass.
+        """
 
     def read(self, name: str, offset: int, size: int, crc32: int, key: str) -> bytes:
         """`size` bytes at `offset` of the file whose content has the hexadecimal sum `key`.
@@ -84,6 +93,11 @@ def open_storage(location: str | Path, cache: Cache | None = None) -> Storage:
     if scheme not in SCHEMES:
         known = ", ".join(f"{each}://" for each in SCHEMES)
         raise InputError(f"{redacted(location)}: {scheme} is not read here; give a path or a URL with {known}")
+    try:
+        _ = urlsplit(location).port  # half a password, where one holds such characters: it would get into messages
+    except ValueError:
+        reason = "no valid host and port; in a password write %2F for /, %3F for ?, %23 for #"
+        raise InputError(f"{redacted(location)}: {reason}") from None
     if cache is None:
         cache = Cache(default_directory(), 20 * 10**9)
     try:
@@ -111,6 +125,18 @@ class LocalStorage:
             raise InputError(f"{self.describe(name)}: {WRONG_SUM}; {REMEDY}")
         return self.location / name
 
+    def small(self, name: str, sha256: str) -> bytes:
+        what = self.describe(name)
+        try:
+            data = (self.location / name).read_bytes()
+        except FileNotFoundError:
+            raise DamagedBlock(what, "file not found") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), what) from None
+        if reason := _wrong_sum(data, sha256):
+            raise DamagedBlock(what, reason)
+        return data
+
     def read(self, name: str, offset: int, size: int, crc32: int, key: str) -> bytes:
         what = f"{self.describe(name)} at offset {offset}"
         try:
@@ -132,8 +158,7 @@ class RemoteStorage:
     def __init__(self, url: str, scheme: str, cache: Cache) -> None:
         self.location = redacted(url)
         self._parts, self._scheme = urlsplit(url), scheme
-        self._files, self._blocks = cache.directory / "files", cache.directory / "blocks"
-        self._cache = BlockCache(cache)
+        self._directory, self._cache = cache.directory, BlockCache(cache)
         # fsspec's objects don't survive a fork, so each process makes its own. A parent's object is kept all the same:
         # taking it down in the child would close the parent's connections, which hang on an epoll that both share.
         self._filesystem = lru_cache(maxsize=None)(self._connect)
@@ -166,22 +191,37 @@ class RemoteStorage:
         return self._fetch(name, self.describe(name), lambda data: None)
 
     def file(self, name: str, sha256: str) -> Path:
-        path = self._files / sha256
+        path = self._directory / "files" / sha256
         with suppress(OSError):
             if not _wrong_sum(path.read_bytes(), sha256):
                 return path
         try:
-            store(path, self._fetch(name, self.describe(name), lambda data: _wrong_sum(data, sha256)))
+            data = self._fetch(name, self.describe(name), lambda data: _wrong_sum(data, sha256))
         except DamagedBlock as error:
             raise InputError(f"{error.what}: {error.reason}; {REMEDY}") from None
+        try:
+            store(path, data)
+        except OSError as error:
+            reason = f"{error.strerror}; {name} has to be kept there: make room, or set data.cache_dir to another directory"
+            raise OSError(error.errno, reason, str(self._directory)) from None
         return path
 
+    def small(self, name: str, sha256: str) -> bytes:
+        return self._kept(sha256, sha256, name, self.describe(name), lambda data: _wrong_sum(data, sha256))
+
     def read(self, name: str, offset: int, size: int, crc32: int, key: str) -> bytes:
-        path, what = self._blocks / key[:2] / f"{key}-{offset}", f"{self.describe(name)} at offset {offset}"
-        if (data := self._cache.get(path, size, crc32)) is not None:
+        what, limits = f"{self.describe(name)} at offset {offset}", {"start": offset, "end": offset + size}
+        return self._kept(key, f"{key}-{offset}", name, what, lambda data: damage(data, size, crc32), **limits)
+
+    def _kept(
+        self, key: str, cached: str, name: str, what: str, problem: Callable[[bytes], str | None], **limits: int
+    ) -> bytes:
+        """`_fetch` through the cache, where the bytes are called `cached`; a missing file is damage."""
+        path = self._directory / "blocks" / key[:2] / cached
+        if (data := self._cache.get(path, problem)) is not None:
             return data
         try:
-            data = self._fetch(name, what, lambda data: damage(data, size, crc32), start=offset, end=offset + size)
+            data = self._fetch(name, what, problem, **limits)
         except FileNotFoundError:
             raise DamagedBlock(what, "file not found") from None
         self._cache.put(path, data)
@@ -230,5 +270,8 @@ def file_sha256(path: Path) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text with the user, password and query of its URLs left out."""
-    return re.sub(r"(?<=//)[^/@\s]+@|\?[^\s'\"]*", "", text)
+    """The text with the user, password and query of its URLs left out.
+
+    Up to the last @ before the query, or before the first slash: people's passwords hold @, /, # and ?, against the rules.
+    """
+    return re.sub(r"(?<=//)(?:[^\s?]*@|[^\s/]*@)|\?[^\s'\"]*", "", text)

@@ -137,12 +137,13 @@ class BlockPool:
             del self._in_flight[thread]
 
     def in_flight(self) -> str:
-        """The read that has been under way for longest, for a message from another thread."""
+        """The read that has been under way for longest, for a message from another thread; reads nothing itself."""
         reads = list(self._in_flight.values())
         if not reads:
             return "no block is being read"
         row, number, since = min(reads, key=lambda read: read[2])
-        return f"reading {self.split.describe_block(row, number)} for {time.monotonic() - since:.0f} s"
+        # Without the block's offset, which stands in the index: that may be what can't be read.
+        return f"reading block {number} of {self.split.describe_shard(row)} for {time.monotonic() - since:.0f} s"
 
 
 def slot_bytes(width: int) -> int:

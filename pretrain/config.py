@@ -49,14 +49,16 @@ class DataConfig(Section):
     path: str  # a dataset directory, or its URL (http, https, s3, gs)
     tokenizer: str | None = None  # a tokenizer.json that the dataset must have been made with; None: any
     sampling: SamplingConfig = SamplingConfig()
-    start_new_epoch: bool = False  # on resume with another dataset or seed: begin an epoch of it instead of refusing
-    on_damaged_block: Literal["stop", "skip"] = "stop"  # skip: its sequences are left out and counted
+    start_new_epoch: bool = False  # on resume with another dataset, seed or sampling: begin an epoch instead of refusing
+    on_damaged_block: Literal["stop", "skip"] = "stop"  # skip: its sequences (or its shard's, without index) are left out
     prefetch_steps: int = Field(4, ge=1)  # how far the loader works ahead
     read_threads: int = Field(4, ge=1)  # blocks that a rank reads at once
     memory_gb: float = Field(8.0, gt=0)  # for open blocks, a rank; with less, blocks are read again and again
     cache_dir: str | None = None  # for blocks of URLs, shared by the ranks of a node; None: in the user's cache directory
     cache_gb: float = Field(20.0, gt=0)
-    stall_seconds: float = Field(900.0, gt=0)  # a rank that waited so long for data ends the run with status 70
+    # A rank that waited so long for data ends the run with status 70. Less than the 30 minutes after which the other ranks,
+    # which wait for it, give up by themselves.
+    stall_seconds: float = Field(900.0, gt=0, le=1500)
     mask_probability: float = Field(0.15, gt=0, lt=1)  # share of content tokens that are predicted
     replace_by_mask: float = Field(0.8, ge=0, le=1)  # of those: share that becomes [MASK]
     replace_by_random: float = Field(0.1, ge=0, le=1)  # of those: share that becomes a random content token
@@ -152,7 +154,7 @@ MAY_CHANGE = frozenset(
     }
 )
 
-# These too when `data.start_new_epoch` is set and the seed is another one, so that no order of training is mixed up.
+# These too when `data.start_new_epoch` is set; the loader's state in the checkpoint says whether a new epoch has to begin.
 NEW_EPOCH_MAY_CHANGE = ("train.seed", "data.sampling.")
 
 
@@ -252,8 +254,10 @@ def refuse_changes(config: Config, saved: Config, source: Path) -> None:
     """Raise InputError when a resumed run's configuration differs in a key that would change what the run means."""
     new, old = flatten(config.model_dump(mode="json")), flatten(saved.model_dump(mode="json"))
     changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key) and key not in MAY_CHANGE)
-    if config.data.start_new_epoch and config.train.seed != saved.train.seed:
+    if config.data.start_new_epoch:
         changed = [key for key in changed if not key.startswith(NEW_EPOCH_MAY_CHANGE)]
     if changed:
         lines = ", ".join(f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed)
-        raise InputError(f"{source}: this run was started with another configuration: {lines}; use another run_dir")
+        new_order = all(key.startswith(NEW_EPOCH_MAY_CHANGE) for key in changed)
+        hint = ", or data.start_new_epoch=true to go on with a new epoch" if new_order else ""
+        raise InputError(f"{source}: this run was started with another configuration: {lines}; use another run_dir{hint}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_prep.cache import Cache, default_directory
 from data_prep.cli import InputError, log
-from data_prep.dataset import Dataset
+from data_prep.dataset import SPLITS, Dataset
 from data_prep.storage import file_sha256
 from kernels.attention import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
@@ -105,7 +105,7 @@ def pack(
 
 
 class Loader:
-    """The batches of one rank. Its whole state is {manifest sha256, seed, position}.
+    """The batches of one rank. Its whole state is {manifest sha256, seed, fingerprint of the order, position}.
 
     Args:
         pin: batches in pinned memory, for a GPU.
@@ -141,24 +141,30 @@ class Loader:
 
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint keeps of the loader."""
-        return {"manifest_sha256": self.dataset.sha256, "seed": self.config.train.seed, "position": position}
+        return {
+            "manifest_sha256": self.dataset.sha256,
+            "seed": self.config.train.seed,
+            "order": self.order.fingerprint(),
+            "position": position,
+        }
 
     def resume(self, state: dict[str, Any]) -> int:
         """The position to go on from.
 
-        After training on another dataset or with another seed that is, with `data.start_new_epoch`, the first epoch that
-        begins at or after the old position, so that no mask or dropout key comes twice; without it, raises InputError.
+        After training on another dataset, with another seed or in another order (sampling) that is, with
+        `data.start_new_epoch`, the first epoch that begins at or after the old position, so that no mask or dropout key
+        comes twice; without it, raises InputError.
         """
         position = int(state["position"])
-        changed = [key for key, value in self.state(position).items() if state[key] != value]
+        now = self.state(position)
+        changed = [key for key in now if state.get(key) != now[key]]
         if not changed:
             return position
-        now = self.state(position)
-        text = ", ".join(f"{key} {state[key]}, this run has {now[key]}" for key in changed)
+        text = ", ".join(f"{key} {state.get(key)}, this run has {now[key]}" for key in changed)
         if not self.config.data.start_new_epoch:
             raise InputError(
-                f"{self.dataset.path}: the checkpoint was trained with {text}; resume with the same dataset and seed, use "
-                "another run_dir, or set data.start_new_epoch=true to go on with the first epoch of what is here now"
+                f"{self.dataset.path}: the checkpoint was trained with {text}; resume with the same ones, use another "
+                "run_dir, or set data.start_new_epoch=true to go on with the first epoch of what is here now"
             )
         epoch = -(-position // self.order.epoch_length)
         if self.rank == 0:
@@ -235,6 +241,8 @@ def open_dataset(config: Config) -> tuple[Config, Dataset]:
                 f"{dataset.path}: was made with another tokenizer (sha256 {tokenizer['sha256'][:12]}...) than "
                 f"data.tokenizer {config.data.tokenizer} ({wanted[:12]}...); shard again or change the key"
             )
+    for split in SPLITS:
+        dataset.split(split)  # its table, which a URL may fail to give, while no rank waits for another yet
     if dataset.manifest["sequence_length"] > MAX_SEQUENCE:
         raise InputError(
             f"{dataset.path}: sequence_length {dataset.manifest['sequence_length']} is over the {MAX_SEQUENCE} tokens "

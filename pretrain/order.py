@@ -18,6 +18,8 @@ shards. All numbers are int64, so positions go up to 2^63.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,6 +33,7 @@ from kernels.random import PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS, for
 
 Ints = NDArray[np.int64]
 
+VERSION = 1  # of the arithmetic below; another one is another order of training
 ROUNDS = 6  # of the Feistel network; Luby and Rackoff (1988) need four, windows of a few sequences profit from more
 LEAST_STREAM = 8  # sequences; shorter streams would leave out too much of a small dataset at the end of an epoch
 _GOLDEN_32 = 0x9E3779B1  # 2^32 divided by the golden ratio: multiples modulo 2^32 spread evenly
@@ -82,11 +85,16 @@ class Order:
         of_shard = np.zeros(len(self.sequences), np.uint16) if species is None else np.array(species, np.uint16)
         ends = np.cumsum(np.bincount(of_shard))
         self._members = np.split(np.argsort(of_shard, kind="stable"), ends[:-1])  # shards of each species
-        self._draws = draws
+        self._draws = None if draws is None else [int(count) for count in draws]
         self._shards_key, self._species_key, self._windows_key = (
             np.array([root_key(seed, purpose)]) for purpose in (PURPOSE_SHARDS, PURPOSE_SPECIES, PURPOSE_WINDOWS)
         )
         self._axis = lru_cache(maxsize=2)(self._lay)  # a batch may touch the end of one epoch and the beginning of the next
+
+    def fingerprint(self) -> str:
+        """Stands for everything but the dataset and the seed that the order depends on."""
+        parts = [VERSION, self.streams, self._rows, self.window, self._draws]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def places(self, positions: Ints) -> tuple[Ints, Ints]:
         """Where sequences are.
@@ -201,8 +209,9 @@ def streams_in_use(streams: int, batch_size: int, sequences: int) -> int:
     """How many streams a run with this batch size uses of a dataset with `streams` and `sequences`.
 
     The largest multiple of the batch size up to `streams`, or the batch size itself where it is larger: so each row of a
-    batch has streams of its own. Only where that would cut a small dataset into streams of under 8 sequences, the
-    dataset's number is taken; ranks then read blocks more than once, which a small dataset can bear.
+    batch has streams of its own. (An epoch leaves out fewer sequences than there are streams in use.) Only where that would
+    cut a small dataset into streams of under 8 sequences, the dataset's number is taken; ranks then read blocks more than
+    once, which a small dataset can bear.
     """
     if batch_size <= streams:
         return batch_size * (streams // batch_size)

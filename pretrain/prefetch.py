@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
@@ -12,6 +13,7 @@ from data_prep.cli import Hung, log
 
 Item = TypeVar("Item")
 REPORT_SECONDS = 30.0  # of waiting, after which the log says what for
+CLOSE_SECONDS = 5.0
 
 
 class Prefetch(Generic[Item]):
@@ -31,7 +33,8 @@ class Prefetch(Generic[Item]):
         self._stall_seconds, self._doing = stall_seconds, doing
         self._ready: Queue[tuple[Item | None, BaseException | None]] = Queue(depth)
         self._closed = threading.Event()
-        threading.Thread(target=self._fill, args=(items,), name="prefetch", daemon=True).start()
+        self._thread = threading.Thread(target=self._fill, args=(items,), name="prefetch", daemon=True)
+        self._thread.start()
 
     def __iter__(self) -> Iterator[Item]:
         return self
@@ -75,5 +78,12 @@ class Prefetch(Generic[Item]):
         return False
 
     def close(self) -> None:
-        """Let the thread end after what it is doing; nothing waits for it."""
+        """End the thread, unless it is stuck in a read: such a one is left behind after some seconds.
+
+        Without it the interpreter might end while the thread is inside torch, which aborts the process.
+        """
         self._closed.set()
+        with suppress(Empty):
+            while True:
+                self._ready.get_nowait()  # room for what it may be waiting to put
+        self._thread.join(CLOSE_SECONDS)

@@ -9,6 +9,7 @@ import yaml
 
 from data_prep.cli import DONE, InputError, dump_json, exit_status, one_line, write_atomically
 from data_prep.dataset import Dataset
+from data_prep.storage import redacted
 from pretrain import checkpoint
 from pretrain.config import Config, parse_config, read_yaml, refuse_changes
 
@@ -30,7 +31,9 @@ def check(config: Config, run_dir: Path, dataset: Dataset) -> None:
 def describe(config: Config, run_dir: Path, dataset: Dataset) -> None:
     """Write the resolved configuration and a copy of the tokenizer: the run explains itself wherever it is copied."""
     write_atomically(run_dir / "tokenizer.json", dataset.tokenizer_path.read_bytes())
-    write_atomically(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    values = config.model_dump(mode="json")
+    values["data"]["path"] = redacted(values["data"]["path"])  # everyone may read the file: no password of a URL
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
 
 
 def write_exit(run_dir: Path, error: BaseException | None) -> None:

@@ -32,11 +32,16 @@ def draws(
     if config == SamplingConfig():
         return None
     available = np.bincount(shards["species"], weights=shards["sequences"], minlength=len(species)).astype(np.int64)
+    if available.sum() == 0:
+        return None  # the order says so
     if config.weights is not None:
         shares = _explicit(config.weights, species, available, source)
     else:
         shares = (available / available.max()) ** (1.0 / config.temperature)  # the largest is 1: they can't all vanish
     counts = apportion(shares / shares.sum(), int(available.sum()))
+    for row, share, count in zip(species, shares, counts, strict=True):
+        if share > 0 and count == 0 and config.weights is not None:
+            raise InputError(f"data.sampling.weights: {row['name']} of {source} would never come; give it more, or 0")
     if report:
         passes = sorted((count / n, row["name"]) for row, count, n in zip(species, counts, available, strict=True) if n)
         (least, rare), (most, frequent) = passes[0], passes[-1]
@@ -48,29 +53,25 @@ def _explicit(
     weights: dict[str, float], species: list[dict[str, Any]], available: NDArray[np.integer], source: str
 ) -> NDArray[np.float64]:
     """A species' own weight, or its part, by size, of its category's."""
-    unused = set(weights)
-    shares = np.zeros(len(species))
-    missing = []
-    for number, row in enumerate(species):
-        if row["name"] in weights:
-            shares[number] = weights[row["name"]]
-            unused.discard(row["name"])
-        elif row["category"] in weights:
-            others = [r["category"] == row["category"] and r["name"] not in weights for r in species]
-            shares[number] = weights[row["category"]] * available[number] / max(1, available[np.array(others)].sum())
-            unused.discard(row["category"])
-        else:
-            missing.append(row["name"])
-        if shares[number] > 0 and available[number] == 0 and row["name"] in weights:
-            raise InputError(f"data.sampling.weights.{row['name']}: {source} has no training sequence of it; set it to 0")
-    if unused:
-        raise InputError(f"data.sampling.weights: {source} has no species or category {', '.join(sorted(unused))}")
+    names, categories = {row["name"] for row in species}, {row["category"] for row in species}
+    unknown = sorted(weights.keys() - names - categories)
+    if unknown:
+        raise InputError(f"data.sampling.weights: {source} has no species or category {', '.join(unknown)}")
+    # The key that a species takes its weight from, and how many sequences share that weight.
+    keys = [row["name"] if row["name"] in weights else row["category"] for row in species]
+    missing = [row["name"] for row, key in zip(species, keys, strict=True) if key not in weights]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise InputError(f"data.sampling.weights: no weight for {shown} of {source}; 0 leaves a species out")
-    if shares.sum() == 0:
+    together = dict.fromkeys(keys, 0)
+    for key, count in zip(keys, available.tolist(), strict=True):
+        together[key] += count
+    for key, count in together.items():
+        if weights[key] > 0 and count == 0:
+            raise InputError(f"data.sampling.weights.{key}: {source} has no training sequence of it; set it to 0")
+    if not any(weights[key] for key in keys):
         raise InputError(f"data.sampling.weights: nothing of {source} is left to train on")
-    return shares
+    return np.array([weights[key] * count / max(1, together[key]) for key, count in zip(keys, available, strict=True)])
 
 
 def apportion(shares: NDArray[np.float64], total: int) -> list[int]:

@@ -115,14 +115,17 @@ class _Run:
         train = self.config.train
         last = train.max_steps if train.stop_at_step is None else min(train.stop_at_step, train.max_steps)
         if self.step < last:
-            self._train_until(last)
+            self.batches = self._prefetch(self.loader.steps(self.position), self.loader.train_pool)
+            try:
+                self._train_until(last)
+            finally:
+                self.batches.close()
         if self.metrics:
             self.metrics.close()
         return {"run_dir": str(self.run_dir), "step": self.step, "loss": self.loss, "ranks": self.world.size}
 
     def _train_until(self, last: int) -> None:
         train, validation = self.config.train, self.config.validation
-        self.batches = self._prefetch(self.loader.steps(self.position), self.loader.train_pool)
         while self.step < last:
             batches, masked = self._next_batches()
             record = self._train_step(batches, masked)
@@ -137,7 +140,6 @@ class _Run:
                     self._report(values, validate)
                 if save:
                     self._save()
-        self.batches.close()
 
     def _next_batches(self) -> tuple[list[MaskedBatch], float]:
         """This rank's micro batches, and the masked tokens of the global batch.
@@ -170,12 +172,11 @@ class _Run:
         statuses = (HUNG, BAD_INPUT, FAILED)
         mine = None if failure is None else exit_status(failure)
         *sums, hung, bad_input, failed = self.world.sum(*values, *(mine == status for status in statuses))
-        if failure is not None:
-            raise failure
-        for number, kind in ((hung, Hung), (bad_input, InputError), (failed, RuntimeError)):
-            if number:
-                raise kind("another rank can't read its data; see its message")
-        return sums
+        if hung + bad_input + failed == 0:
+            return sums
+        rank = int(self.world.max(-1 if failure is None else self.world.rank))
+        kind = Hung if hung else InputError if bad_input else RuntimeError
+        raise failure or kind(f"rank {rank} can't read its data; see its message in the log")
 
     def _train_step(self, batches: list[MaskedBatch], masked: float) -> dict[str, Any]:
         """One optimizer step; returns this rank's sums, still on the device."""
@@ -246,11 +247,15 @@ class _Run:
         """This rank's validation batches, always the same, so read once. A rank that can't read them fails all alike."""
         if self._validation is None:
             failure: Exception | None = None
+            batches = self._prefetch(self.loader.validation(), self.loader.valid_pool)
             try:
-                self._validation = list(self._prefetch(self.loader.validation(), self.loader.valid_pool))
+                self._validation = list(batches)
             except Exception as error:
                 failure = error
-            self._agree(failure)
+            batches.close()
+            (skipped,) = self._agree(failure, sum(batch.skipped for batch in self._validation or []))
+            if skipped and self.world.is_first:
+                log(f"{skipped:.0f} validation sequences are in damaged blocks and left out")
         return self._validation or []
 
     def _prefetch(self, items: Iterator[Item], pool: BlockPool) -> Prefetch[Item]:

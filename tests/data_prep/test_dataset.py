@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data_prep.cli import InputError
-from data_prep.dataset import SHARD_ROW, Dataset, ShardWriter, Split, file_sha256, npy_bytes, safe_join
-from data_prep.storage import DamagedBlock, open_storage
+from data_prep.dataset import SHARD_ROW, Dataset, ShardWriter, Split, npy_bytes, safe_join
+from data_prep.storage import DamagedBlock, file_sha256, open_storage
 
 
 def write(directory: Path, sequences: int) -> tuple[np.void | None, list[np.ndarray]]:
@@ -110,14 +110,21 @@ def test_a_block_table_must_be_the_recorded_one(tmp_path: Path) -> None:
     table = np.load(path)
     table["sequences"] = [1000, 500]  # as many, but not 1,024 in all blocks but the last
     path.write_bytes(npy_bytes(table))
-    with pytest.raises(InputError, match=r"000007\.index\.npy: sha256 differs"):
-        opened(tmp_path, row).blocks(0)
+    with pytest.raises(DamagedBlock, match=r"000007\.index\.npy is damaged \(sha256 differs"):
+        opened(tmp_path, row).read_block(0, 0)
     for sequences in ([1000, 500], [1024, 477]):
         table["sequences"] = sequences
         path.write_bytes(npy_bytes(table))
         row["index_sha256"] = np.frombuffer(hashlib.sha256(npy_bytes(table)).digest(), np.uint8)
-        with pytest.raises(InputError, match=r"000007\.index\.npy: does not match its row 0"):
-            opened(tmp_path, row).blocks(0)
+        with pytest.raises(DamagedBlock, match=r"000007\.index\.npy is damaged \(it does not match its row 0"):
+            opened(tmp_path, row).read_block(0, 0)
+    path.unlink()
+    with pytest.raises(DamagedBlock, match=r"000007\.index\.npy is damaged \(file not found\)"):
+        opened(tmp_path, row).read_block(0, 0)
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"000007\.index\.npy"):
+        opened(tmp_path, row).read_block(0, 0)
+    assert opened(tmp_path, row).describe_shard(0) == str(tmp_path / "000007.tar")  # without the index
 
 
 def test_opening_checks_the_small_files(dataset: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from data_prep.__main__ import run
 from data_prep.cli import InputError
-from data_prep.dataset import Dataset, file_sha256
+from data_prep.dataset import Dataset
 from data_prep.finalize import finalize, streams_of, summary
+from data_prep.storage import file_sha256
 
 Shard = Callable[..., int]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import multiprocessing
@@ -18,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import cache as cache_module
 from data_prep import storage as module
 from data_prep.cli import InputError
 from data_prep.dataset import SPLITS, Dataset
-from data_prep.storage import Cache, DamagedBlock, Storage, open_storage
+from data_prep.storage import Cache, DamagedBlock, Storage, open_storage, redacted
 from tests.data_prep.servers import FileServer, file_server, s3_server
 
 SIZE, BLOCKS = 1000, 40  # of the file `shard.tar`
@@ -107,6 +109,11 @@ def test_local_files_are_checked(directory: Path) -> None:
     assert local.file("shard.tar", SHA256) == directory / "shard.tar"
     with pytest.raises(InputError, match=r"files/shard\.tar: sha256 differs"):
         local.file("shard.tar", KEY)
+    assert local.small("shard.tar", SHA256) == DATA
+    with pytest.raises(DamagedBlock, match=r"files/shard\.tar is damaged \(sha256 differs"):
+        local.small("shard.tar", KEY)
+    with pytest.raises(DamagedBlock, match=r"files/none\.tar is damaged \(file not found\)"):
+        local.small("none.tar", KEY)
     for name, offset, reason in (
         ("shard.tar", 1, "crc32 differs"),
         ("shard.tar", len(DATA) - 10, "10 of 1000 bytes"),
@@ -133,6 +140,8 @@ def test_what_fails_once_is_tried_again(
     assert f"{server.url}/shard.tar at offset 3000: " in capfd.readouterr().err
     server.faults = iter([fault])
     assert Path(remote.file("shard.tar", SHA256)).read_bytes() == DATA
+    server.faults = iter([fault])
+    assert remote.small("shard.tar", SHA256) == DATA
 
 
 @pytest.mark.parametrize("fault", ["drop", "hang", 503])
@@ -141,6 +150,8 @@ def test_what_may_pass_is_no_damage(fault: str | int, remote: Storage, server: F
     with pytest.raises(OSError, match=r"shard\.tar at offset 0: .*5 tries"):
         read(remote, 0)
     assert len(server.requests) == module.TRIES
+    with pytest.raises(OSError, match=r"shard\.tar: .*5 tries"):
+        remote.small("shard.tar", SHA256)
     assert cached(cache) == []
 
 
@@ -156,16 +167,20 @@ def test_bytes_that_stay_wrong_are_damage(fault: str, remote: Storage, server: F
         read(remote, 0)
     with pytest.raises(InputError, match=r"shard\.tar: sha256 differs"):
         remote.file("shard.tar", SHA256)
-    assert len(server.requests) == 2 * module.TRIES
+    with pytest.raises(DamagedBlock, match=r"shard\.tar is damaged \(sha256 differs"):
+        remote.small("shard.tar", SHA256)
+    assert len(server.requests) == 3 * module.TRIES
     assert cached(cache) == [] and not (cache.directory / "files").exists()
 
 
 def test_a_file_that_is_missing_or_too_short_is_damage(remote: Storage, server: FileServer) -> None:
     with pytest.raises(DamagedBlock, match=r"none\.tar at offset 0 is damaged \(file not found\)"):
         remote.read("none.tar", 0, SIZE, 0, KEY)
+    with pytest.raises(DamagedBlock, match=r"none\.tar is damaged \(file not found\)"):
+        remote.small("none.tar", SHA256)
     with pytest.raises(FileNotFoundError, match=r"none\.tar"):
         remote.read_whole("none.tar")
-    assert len(server.requests) == 2
+    assert len(server.requests) == 3
     with pytest.raises(DamagedBlock, match="the file ends before it"):
         remote.read("shard.tar", len(DATA), SIZE, 0, KEY)
 
@@ -190,6 +205,20 @@ def test_messages_keep_secrets(server: FileServer, cache: Cache, capfd: pytest.C
     assert all("secret" not in message and server.url in message for message in messages)
 
 
+@pytest.mark.parametrize("secret", ["user", "user:word", "user:wo@rd", "user:wo/rd", "us@er:wo#r/d@", "user:wo?rd"])
+def test_no_user_or_password_is_left(secret: str) -> None:
+    text = f"GET https://{secret}@host/some/file?token=word: 'no'; see s3://bucket/file and 1 //"
+    assert redacted(text) == "GET https://host/some/file 'no'; see s3://bucket/file and 1 //"
+    with pytest.raises(InputError, match=r"^ftp://host: ftp is not read here"):
+        open_storage(f"ftp://{secret}@host")
+
+
+@pytest.mark.parametrize("character", "/?#")
+def test_a_password_that_ends_the_host_is_refused(character: str, cache: Cache) -> None:
+    with pytest.raises(InputError, match=r"^https://host/x: no valid host and port; in a password write %2F"):
+        open_storage(f"https://user:wo{character}rd@host/x", cache)
+
+
 def test_blocks_are_fetched_once_and_damage_of_the_cache_is_mended(
     remote: Storage, server: FileServer, cache: Cache
 ) -> None:
@@ -212,6 +241,51 @@ def test_whole_files_are_fetched_once_and_damage_of_the_cache_is_mended(
     path.write_bytes(DATA[:-1])
     assert remote.file("shard.tar", SHA256).read_bytes() == DATA
     assert len(server.requests) == 2
+
+
+def test_small_files_are_kept_as_blocks_are(remote: Storage, server: FileServer, cache: Cache) -> None:
+    assert [remote.small("shard.tar", SHA256) for _ in range(2)] == [DATA, DATA]
+    assert len(server.requests) == 1
+    path = cache.directory / "blocks" / SHA256[:2] / SHA256
+    assert cached(cache) == [path] and not (cache.directory / "files").exists()
+    path.write_bytes(DATA[:-1])
+    assert remote.small("shard.tar", SHA256) == DATA == path.read_bytes()
+    assert len(server.requests) == 2
+
+
+def test_small_files_are_evicted_as_blocks_are(server: FileServer, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", (BLOCKS + 5) * SIZE)
+    remote = open_storage(server.url, cache)
+    remote.small("shard.tar", SHA256)
+    os.utime(cached(cache)[0], (1, 1))
+    for block in range(10):
+        read(remote, block)
+    assert not (cache.directory / "blocks" / SHA256[:2] / SHA256).exists()
+    assert len(cached(cache)) == 10
+
+
+def test_a_full_cache_is_not_looked_at_again_and_again(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path / "cache", BLOCKS * SIZE)
+    remote = open_storage(server.url, cache)
+    full = remote.file("shard.tar", SHA256)  # all of the limit, and never evicted
+    looks: list[int] = []
+    look = cache_module.BlockCache._look
+
+    def counted(self: cache_module.BlockCache, room: int) -> None:
+        looks.append(room)
+        look(self, room)
+
+    monkeypatch.setattr(cache_module.BlockCache, "_look", counted)
+    for block in range(5):
+        assert read(remote, block) == expected(block)
+    assert looks == [SIZE] and cached(cache) == []
+    full.unlink()
+    now = time.monotonic()
+    monkeypatch.setattr(cache_module.time, "monotonic", lambda: now + 2 * cache_module.PAUSE)
+    read(remote, 0)
+    assert len(looks) == 2 and len(cached(cache)) == 1
 
 
 def test_the_cache_keeps_to_its_limit_and_what_was_used_last(server: FileServer, tmp_path: Path) -> None:
@@ -244,8 +318,47 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     cache.directory.mkdir()
     (cache.directory / "blocks").write_text("a file in the way")
     assert [read(remote, block) for block in (0, 0, 1)] == [expected(0), expected(0), expected(1)]
-    assert len(server.requests) == 3
+    assert remote.small("shard.tar", SHA256) == DATA
+    assert len(server.requests) == 4
     assert capfd.readouterr().err.count("going on without keeping") == 1
+
+
+def test_a_cache_below_a_plain_file(server: FileServer, cache: Cache, capfd: pytest.CaptureFixture[str]) -> None:
+    cache.directory.write_text("a file in the way")
+    remote = open_storage(server.url, cache)
+    assert remote.small("shard.tar", SHA256) == DATA and read(remote, 0) == expected(0)
+    assert capfd.readouterr().err.count("going on without keeping") == 1
+    with pytest.raises(OSError, match=r"shard\.tar has to be kept there.* set data\.cache_dir .*/cache'"):
+        remote.file("shard.tar", SHA256)
+
+
+def test_a_disk_that_fills_up_does_not_end_a_run(
+    dataset: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with file_server(dataset.parent) as server:
+        split = Dataset(f"{server.url}/{dataset.name}", cache).split("train")
+        monkeypatch.setattr(cache_module, "store", full)
+        for row in range(len(split.shards)):
+            split.read_block(row, 0)
+    assert capfd.readouterr().err.count("going on without keeping") == 1
+
+
+def test_an_index_over_http_is_damaged_or_missing(dataset: Path, cache: Cache) -> None:
+    with file_server(dataset.parent) as server:
+        split = Dataset(f"{server.url}/{dataset.name}", cache).split("train")
+        server.requests.clear()
+        assert split.describe_shard(0).endswith(".tar") and server.requests == []
+        server.faults = repeat("wrong")
+        with pytest.raises(DamagedBlock, match=r"http://.*\.index\.npy is damaged \(sha256 differs"):
+            split.read_block(0, 0)
+        server.faults = repeat(404)
+        with pytest.raises(DamagedBlock, match=r"http://.*\.index\.npy is damaged \(file not found\)"):
+            split.read_block(0, 0)
+        server.faults = iter(())
+        assert len(split.read_block(0, 0).lengths)
 
 
 def test_threads_and_forked_processes_share_storage_and_cache(

@@ -121,9 +121,9 @@ def test_a_read_that_hangs_is_named(copied: Path, threads: int) -> None:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     deadline = time.monotonic() + 10
-    while not pool.in_flight().startswith(f"reading {tar}: block 0") and time.monotonic() < deadline:
+    while not pool.in_flight().startswith(f"reading block 0 of {tar}") and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert pool.in_flight().startswith(f"reading {tar}: block 0")
+    assert pool.in_flight().startswith(f"reading block 0 of {tar}")
     tar.open("wb").close()  # ends the wait
     reader.join(10)
     assert not reader.is_alive() and len(errors) == 1

@@ -33,13 +33,14 @@ def sequences(batches: list[MaskedBatch]) -> list[tuple[bytes, ...]]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 3), (2, 4), (3, 1), (5, 2), (9, 64)])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 3), (2, 4), (3, 1), (4, 3), (5, 2), (6, 2), (7, 5), (8, 1), (9, 64)])
 def test_the_global_batch_is_the_same_for_any_ranks_and_micro_batch(tiny_config: list[str], ranks: int, micro: int) -> None:
-    alone = sequences(loader(tiny_config).step(22))
-    overrides = f"train.micro_batch_size={micro}"
-    each = [loader(tiny_config, rank, ranks, overrides).step(22) for rank in range(ranks)]
-    assert list(itertools.chain.from_iterable(sequences(batches) for batches in each)) == alone
-    assert len({len(batches) for batches in each}) == 1  # collectives: as many micro batches on every rank
+    each = [loader(tiny_config, rank, ranks, f"train.micro_batch_size={micro}") for rank in range(ranks)]
+    alone = loader(tiny_config)
+    for position in (22, alone.order.epoch_length - 5):  # the second: across the end of the epoch
+        parts = [ours.step(position) for ours in each]
+        assert list(itertools.chain.from_iterable(map(sequences, parts))) == sequences(alone.step(position))
+        assert len({len(batches) for batches in parts}) == 1  # collectives: as many micro batches on every rank
 
 
 def test_a_batch_holds_the_stored_sequences_between_cls_and_sep(tiny_config: list[str]) -> None:
@@ -128,12 +129,16 @@ def test_a_rank_without_rows_gets_an_empty_micro_batch(tiny_config: list[str]) -
 def test_state_of_another_dataset_or_seed_is_refused_unless_a_new_epoch_is_wanted(tiny_config: list[str]) -> None:
     ours, length = loader(tiny_config), loader(tiny_config).order.epoch_length
     state = ours.state(length + 110)
-    assert set(state) == {"manifest_sha256", "seed", "position"}
+    assert set(state) == {"manifest_sha256", "seed", "order", "position"}
     assert ours.resume(state) == length + 110
     with pytest.raises(InputError, match=r"seed 7, this run has 0.*data\.start_new_epoch=true"):
         ours.resume(state | {"seed": 7})
     with pytest.raises(InputError, match="manifest_sha256 abc"):
         ours.resume(state | {"manifest_sha256": "abc"})
+    with pytest.raises(InputError, match="order "):  # as it was saved with other shares of the species
+        loader(tiny_config, 0, 1, "data.sampling.temperature=2").resume(state)
+    with pytest.raises(InputError, match="order None"):
+        ours.resume({key: value for key, value in state.items() if key != "order"})
     again = loader(tiny_config, 0, 1, "data.start_new_epoch=true")
     assert again.resume(state) == length + 110  # the same data: nothing to begin anew, however often the run is resumed
     assert again.resume(state | {"seed": 7}) == 2 * length

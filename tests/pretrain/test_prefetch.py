@@ -58,10 +58,23 @@ def test_waiting_is_counted_reported_and_ends(monkeypatch: pytest.MonkeyPatch, c
         yield 1
         threading.Event().wait(20)
 
-    ahead = Prefetch(items(), 1, 0.5, lambda: "reading 000012.tar")
+    ahead = Prefetch(items(), 1, 2.0, lambda: "reading 000012.tar")
     threading.Timer(0.2, gate.set).start()
     assert next(ahead) == 1
-    assert 0.1 < ahead.waited < 0.5
-    with pytest.raises(Hung, match=r"no data for 0 s \(data.stall_seconds\): reading 000012.tar"):
+    assert 0.1 < ahead.waited < 2.0
+    with pytest.raises(Hung, match=r"no data for 2 s \(data.stall_seconds\): reading 000012.tar"):
         next(ahead)
     assert "waiting for data for 0 s: reading 000012.tar" in capsys.readouterr().err
+
+
+def test_closing_ends_the_thread_but_not_one_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch_module, "CLOSE_SECONDS", 0.2)
+    ahead = Prefetch(iter(range(100)), 2, 10, idle)
+    assert next(ahead) == 0
+    ahead.close()
+    assert not ahead._thread.is_alive()
+    gate = threading.Event()
+    stuck = Prefetch((gate.wait(20) for _ in range(1)), 2, 10, idle)
+    stuck.close()
+    assert stuck._thread.is_alive()
+    gate.set()

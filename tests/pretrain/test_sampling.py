@@ -56,7 +56,9 @@ def test_weights_are_of_a_species_or_of_a_category_by_size() -> None:
         ({"human": 1, "mouse": 1, "yeats": 1, "phage": 0}, "no species or category yeats"),
         ({"human": 1, "mouse": 1}, "no weight for yeast, phage of dataset"),
         ({"vertebrates": 1, "fungi": 1, "phage": 1}, r"weights\.phage: dataset has no training sequence"),
+        ({"vertebrates": 1, "fungi": 1, "viruses": 1}, r"weights\.viruses: dataset has no training sequence"),
         ({"vertebrates": 0, "fungi": 0, "phage": 0}, "nothing of dataset is left"),
+        ({"human": 1, "mouse": 1, "yeast": 1e-9, "phage": 0}, "yeast of dataset would never come"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(weights: dict[str, float], words: str) -> None:

@@ -39,17 +39,20 @@ def test_a_damaged_block_is_skipped_alike_on_any_ranks(tiny_config: list[str], c
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
 
 
-def test_a_file_that_hangs_ends_all_ranks_with_70_and_is_named(tiny_config: list[str], copied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["tar", "index"])
+def test_a_file_that_hangs_ends_all_ranks_with_70_and_is_named(
+    tiny_config: list[str], copied: Path, tmp_path: Path, what: str
+) -> None:
     tars = sorted((copied / "train").glob("*.tar"))
     for tar in tars:
-        tar.unlink()
-        os.mkfifo(tar)  # opening it waits for a writer
+        file = tar if what == "tar" else tar.with_suffix(".index.npy")
+        file.unlink()
+        os.mkfifo(file)  # opening it waits for a writer
     arguments = [*tiny_config, f"data.path={copied}", f"run_dir={tmp_path / 'run'}", "data.stall_seconds=3"]
     done = python("-m", "pretrain", "train", *arguments, ranks=2)
     assert done.returncode == 1  # torchrun's for any failure
     assert exit_status(tmp_path / "run") == 70
-    assert "no data for 3 s (data.stall_seconds): reading " in done.stderr
-    assert any(f"reading {tar}: block 0" in done.stderr for tar in tars)
+    assert any(f"no data for 3 s (data.stall_seconds): reading block 0 of {tar}" in done.stderr for tar in tars)
 
 
 def test_another_dataset_and_seed_go_on_with_a_new_epoch_once(tiny_config: list[str], copied: Path, tmp_path: Path) -> None:
@@ -62,6 +65,7 @@ def test_another_dataset_and_seed_go_on_with_a_new_epoch_once(tiny_config: list[
     other = [*common, f"data.path={copied}", "train.seed=5", "data.sampling.temperature=2"]
     refused = pretrain(*other, status=2)
     assert "data.sampling.temperature is 2.0, was 1.0" in refused.stderr and "train.seed is 5, was 0" in refused.stderr
+    assert "or data.start_new_epoch=true" in refused.stderr
 
     begun = pretrain(*other, "data.start_new_epoch=true", "train.stop_at_step=6")
     assert "going on with the beginning of epoch 1" in begun.stderr
@@ -82,9 +86,11 @@ def test_a_dataset_at_a_url_trains_as_the_same_one_on_disk(
     pretrain(*common, f"run_dir={tmp_path / 'disk'}")
     with file_server(tiny_dataset) as server:
         server.faults = iter([None, "drop", 500, *[None] * 8, "wrong"])  # in passing: what fails is tried again
-        remote = [f"data.path={server.url}", f"data.cache_dir={tmp_path / 'cache'}"]
+        url = server.url.replace("//", "//me:secret@") + "?signature=secret"
+        remote = [f"data.path={url}", f"data.cache_dir={tmp_path / 'cache'}"]
         done = pretrain(*common, *remote, f"run_dir={tmp_path / 'url'}", ranks=2)
-    assert "try 2 of 5" in done.stderr
+    assert "try 2 of 5" in done.stderr and "secret" not in done.stderr
+    assert not any("secret" in path.read_text() for path in (tmp_path / "url").glob("*.*"))
     assert losses(tmp_path / "url") == pytest.approx(losses(tmp_path / "disk"), rel=1e-5)
     assert loader_state(tmp_path / "url", 3) == loader_state(tmp_path / "disk", 3)
     assert any((tmp_path / "cache" / "blocks").rglob("*-*"))
