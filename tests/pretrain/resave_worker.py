@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from pretrain.config import load_config
 from pretrain.train import _Run
 
@@ -12,3 +14,4 @@ if __name__ == "__main__":
     run = _Run(config, Path(config.run_dir))
     run.run_dir = Path(out)
     run._save()
+    dist.destroy_process_group()  # else a rank may be torn down while another still talks to it, and abort
