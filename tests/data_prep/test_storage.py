@@ -22,9 +22,9 @@ import pytest
 from data_prep import cache as cache_module
 from data_prep import storage as module
 from data_prep.cli import InputError
-from data_prep.dataset import SPLITS, Dataset
+from data_prep.dataset import Dataset
 from data_prep.storage import Cache, DamagedBlock, Storage, open_storage, redacted
-from tests.data_prep.servers import FileServer, file_server, s3_server
+from tests.data_prep.servers import FileServer, file_server
 
 SIZE, BLOCKS = 1000, 40  # of the file `shard.tar`
 KEY = "ab" + 62 * "0"
@@ -389,27 +389,6 @@ def test_a_url_without_a_cache_uses_the_users(server: FileServer, tmp_path: Path
     assert open_storage(server.url).file("shard.tar", SHA256).parent == tmp_path / "home" / "dnabert2-datasets" / "files"
 
 
-def same(one: Dataset, other: Dataset) -> None:
-    assert one.sha256 == other.sha256 and one.tokenizer_path.read_bytes() == other.tokenizer_path.read_bytes()
-    for split in map(one.split, SPLITS):
-        again = other.split(split.name)
-        assert np.array_equal(split.shards, again.shards)
-        for row in range(len(split.shards)):
-            for number in range(len(split.blocks(row))):
-                left, right = split.read_block(row, number), again.read_block(row, number)
-                assert np.array_equal(left.tokens, right.tokens) and np.array_equal(left.lengths, right.lengths)
-                assert np.array_equal(left.source, right.source)
-
-
-def test_a_dataset_over_http_is_the_same_and_stays_in_the_cache(dataset: Path, cache: Cache) -> None:
-    with file_server(dataset.parent) as server:
-        url = f"{server.url}/{dataset.name}/"
-        same(Dataset(dataset), Dataset(url, cache))
-        server.requests.clear()
-        same(Dataset(dataset), Dataset(url, cache))
-        assert server.requests == [f"/{dataset.name}/manifest.json"]
-
-
 @pytest.fixture
 def _account(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "DEFAULT_REGION": "us-east-1"}.items():
@@ -425,25 +404,3 @@ def test_s3_that_hangs_is_asked_as_often_as_others(
     with pytest.raises(OSError, match=r"s3://bucket/shard\.tar at offset 0: .*5 tries"):
         read(open_storage("s3://bucket", cache), 0)
     assert len(server.requests) == module.TRIES
-
-
-@pytest.mark.usefixtures("_account")
-def test_a_dataset_on_s3_is_the_same(dataset: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-
-    with s3_server() as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-        bucket.mkdir("bucket")
-        bucket.put(str(dataset), "bucket/some/dataset", recursive=True)
-        remote = Dataset("s3://bucket/some/dataset", cache)
-        same(Dataset(dataset), remote)
-        with pytest.raises(InputError, match=r"s3://bucket/none/manifest\.json: not found"):
-            Dataset("s3://bucket/none", cache)
-        name = f"train/{int(remote.split('train').shards['shard'][0]):06d}.tar"
-        with pytest.raises(DamagedBlock, match="the file ends before it"):
-            remote.storage.read(name, 10**9, SIZE, 0, KEY)
-        with pytest.raises(DamagedBlock, match="file not found"):
-            remote.storage.read("train/none.tar", 0, SIZE, 0, KEY)
-    split = remote.split("train")
-    assert len(split.read_block(0, 0).lengths) == split.blocks(0)["sequences"][0]  # the server is gone, the cache is there
