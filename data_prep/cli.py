@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -118,6 +118,17 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
         else:
             log(f"{parser.prog}: failed: {type(error).__name__}: {one_line(error)} (--debug shows where)")
         return status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once with this status, its output written.
+
+    For commands that use torch: its threads, or a daemon thread inside it, can abort the interpreter while that is shutting
+    down ("terminate called without an active exception"), and the abort would hide the status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def exit_status(error: BaseException) -> int:

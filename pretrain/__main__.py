@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import add_verb, main
+from data_prep.cli import add_verb, leave, main
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,4 +94,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(build_parser()))
+    leave(main(build_parser()))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import pretrain.train
+from data_prep.cli import leave
 from pretrain.config import load_config
 
 if __name__ == "__main__":
@@ -19,3 +20,4 @@ if __name__ == "__main__":
 
     pretrain.train.gradient_norm_before_step = lambda engine: (keep_gradients(engine), 0.0)[1]
     pretrain.train.train(load_config(name, [*overrides, "deepspeed.zero_stage=0", "train.max_steps=1"]))
+    leave(0)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli import leave
 from pretrain.config import load_config
 from pretrain.loader import MaskedBatch
 from pretrain.train import _Run, train
@@ -49,3 +50,4 @@ if __name__ == "__main__":
 
     _Run._train_step = recorded_step  # type: ignore[method-assign]
     train(load_config(name, overrides))
+    leave(0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data_prep.cli import leave
 from pretrain.config import load_config
 from pretrain.train import _Run
 
@@ -14,4 +15,5 @@ if __name__ == "__main__":
     run = _Run(config, Path(config.run_dir))
     run.run_dir = Path(out)
     run._save()
-    dist.destroy_process_group()  # else a rank may be torn down while another still talks to it, and abort
+    dist.destroy_process_group()
+    leave(0)
