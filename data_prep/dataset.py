@@ -228,6 +228,7 @@ class Dataset:
 
     def __init__(self, path: str | Path, cache: Cache | None = None) -> None:
         self.storage = open_storage(path, cache)
+        self._splits: dict[str, Split] = {}
         self.path = self.storage.location
         where = self.storage.describe("manifest.json")
         try:
@@ -256,10 +257,12 @@ class Dataset:
         return self.storage.file(name, self.manifest["files"][name])
 
     def split(self, name: str) -> Split:
-        """`train` or `valid`."""
+        """`train` or `valid`; its table is read and checked at the first call."""
         if name not in SPLITS:
             raise InputError(f"{self.path}: no split {name!r}, there are {', '.join(SPLITS)}")
-        return Split(self.storage, name, self.manifest["files"][f"{name}/shards.npy"])
+        if name not in self._splits:
+            self._splits[name] = Split(self.storage, name, self.manifest["files"][f"{name}/shards.npy"])
+        return self._splits[name]
 
     @property
     def tokenizer_path(self) -> Path:
