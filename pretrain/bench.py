@@ -25,6 +25,7 @@ from torch import Tensor
 from data_prep.cli import InputError, log
 from kernels.random import PURPOSE_DROPOUT, fork, keep_mask, root_key
 from pretrain.config import load_config
+from pretrain.flops import training_flops
 from pretrain.masking import FIRST_CONTENT
 from pretrain.model import MaskedLanguageModel, ModelConfig, Packed, initialize
 
@@ -136,7 +137,9 @@ def _bench(config: ModelConfig, dtype: str, batch: int, length: int, steps: int)
         "dropout_generator_share": share,
         "parameters": {name: _parameters(models.get(name, theirs)) for name in run_steps},
         "matrix_flops_per_step": {
-            name: training_flops(config, tokens, length, tokens if name == "huggingface" else masked) for name in run_steps
+            # BERT with 1.5 f has 2 d (1.5 f) in its MLP where GEGLU has 3 d f: one formula for all.
+            name: training_flops(config, tokens, tokens * length, tokens if name == "huggingface" else masked)
+            for name in run_steps
         },
         "model": config.model_dump(),
         "huggingface_intermediate_size": theirs.config.intermediate_size,
@@ -155,17 +158,6 @@ def _bench(config: ModelConfig, dtype: str, batch: int, length: int, steps: int)
             "transformers": importlib.import_module("transformers").__version__,
         },
     }
-
-
-def training_flops(config: ModelConfig, tokens: int, length: int, logits: int) -> int:
-    """Matrix FLOPs of a training step: 2 a multiply-add, times 3 for forward and backward.
-
-    A token costs, a layer, 4 d^2 (q, k, v, output) + 3 d f (GEGLU) + 2 length d (scores and their use) multiply-adds, and
-    d^2 + d v in the head where its logits are computed. BERT with 1.5 f has 2 d (1.5 f) in its MLP: the same.
-    """
-    d, f = config.hidden_size, config.intermediate_size
-    layer = 4 * d * d + 3 * d * f + 2 * length * d
-    return 6 * (tokens * config.num_hidden_layers * layer + logits * (d * d + d * config.vocab_size))
 
 
 def _parameters(model: torch.nn.Module) -> int:
