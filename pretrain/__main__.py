@@ -1,4 +1,4 @@
-"""`python -m pretrain <verb>`: train, export, import, bench, bench-loader, bench-order."""
+"""`python -m pretrain <verb>`: train, export, import, inspect, plot, bench, bench-loader, bench-order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.train import train
 
     args.json = args.json and environment_rank() == 0  # one result, however many ranks
-    return train(load_config(args.config, args.overrides))
+    return train(load_config(args.config, args.overrides), args.from_step, args.profile)
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
@@ -27,7 +27,19 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 def _import(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.hf import import_directory
 
-    return import_directory(args.hf_dir, args.out)
+    return import_directory(args.directory, args.out, args.like)
+
+
+def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.inspect_run import run
+
+    return run(args)
+
+
+def _plot(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.plot import run
+
+    return run(args)
 
 
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,22 +60,53 @@ def _bench_order(args: argparse.Namespace) -> dict[str, Any]:
     return run(args)
 
 
+class _Verb(argparse.ArgumentParser):
+    """Takes options before, between and after `key.sub=value` overrides: job scripts add to both ends."""
+
+    _inside = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._inside:  # parse_known_intermixed_args is made of this
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description="Masked-language-model pre-training.")
     # The `deepspeed` launcher adds it; the environment, which all launchers set, says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Verb)
 
     train = add_verb(
         verbs,
         "train",
         _train,
         "Train, or go on with the run in run_dir. Started alone, by torchrun, by deepspeed or by srun. "
-        "Exit status: 0 done, 2 bad input, 70 no data came, 75 stopped on request (run again), 1 failed; also in "
-        "RUN_DIR/exit.json.",
+        "Exit status: 0 done, 2 bad input, 70 hung or lost a rank (run again), 75 stopped on request (run again), 1 failed; "
+        "also in RUN_DIR/exit.json.",
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset such as tiny")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    train.add_argument(
+        "--from-step",
+        type=int,
+        metavar="N",
+        help="go back to checkpoint N, once: later ones are set aside; keys of optimizer and bad_steps may change",
+    )
+
+    train.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="STEPS",
+        help="write a trace of some steps (default 5) and the share of communication to RUN_DIR/profile",
+    )
 
     export = add_verb(verbs, "export", _export, "Write a run's weights as a self-contained Hugging Face directory.")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -71,10 +114,33 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest that verifies)")
 
     import_ = add_verb(
-        verbs, "import", _import, "Make a run directory from a Hugging Face directory; `train` goes on from its weights."
+        verbs,
+        "import",
+        _import,
+        "Make a run directory from Hugging Face files, or from what DeepSpeed's save_checkpoint wrote; `train` goes on from "
+        "its weights, and from DeepSpeed's Adam moments.",
     )
-    import_.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="exported, or the published DNABERT-2-117M files")
+    import_.add_argument(
+        "directory", type=Path, metavar="DIR", help="an export, the published DNABERT-2-117M, or a DeepSpeed checkpoint"
+    )
     import_.add_argument("--out", type=Path, required=True, metavar="RUN_DIR")
+    import_.add_argument(
+        "--like",
+        type=Path,
+        metavar="HF_DIR|RUN_DIR",
+        help="model with the architecture and tokenizer of a DeepSpeed checkpoint (default: config.json and tokenizer.json "
+        "in DIR or beside it)",
+    )
+
+    inspect = add_verb(verbs, "inspect", _inspect, "List a run's checkpoints and check every byte of them; changes nothing.")
+    from pretrain.inspect_run import add_arguments as add_inspect_arguments
+
+    add_inspect_arguments(inspect)
+
+    plot = add_verb(verbs, "plot", _plot, "Draw the curves of one or several runs as one PNG.")
+    from pretrain.plot import add_arguments as add_plot_arguments
+
+    add_plot_arguments(plot)
 
     bench = add_verb(verbs, "bench", _bench, "Training speed beside Hugging Face's BERT, in one run.")
     from pretrain.bench import add_arguments

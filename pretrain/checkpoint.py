@@ -6,7 +6,7 @@
 
 Kinds are `weight`, and `exp_avg`, `exp_avg_sq` where there is an optimizer state. A step is written under a temporary name
 that carries the id of this life of the run, everything is hashed and fsynced, all ranks meet, and rank 0 renames: a step
-that has its name is whole. Nothing is pickled and nothing needs converting.
+that has its name is whole. Nothing is pickled and nothing needs converting. `saver.py` does it while training goes on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
@@ -30,6 +30,8 @@ from data_prep.dataset import safe_join
 from data_prep.storage import file_sha256
 
 FORMAT_VERSION = 1
+PREFIX, TEMPORARY = "step-", ".tmp-"
+CHUNK_BYTES = 1 << 22  # hashed and written at a time, while it is in the processor's cache
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -50,34 +52,18 @@ def save(
     shapes: dict[str, tuple[int, ...]],
     model: dict[str, Any],
     state: dict[str, Any],
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write one step and commit it; every rank calls this with the fragments it owns.
+    """Write and commit one step from a single process that has all the fragments; see `write_rank` and `commit`."""
+    directory = temporary_path(run_dir, step, life)
+    directory.mkdir(parents=True, exist_ok=True)
+    return commit(directory, [write_rank(directory, 0, 1, fragments)], shapes, model, state)
 
-    Args:
-        life: id of this process life of the run, equal on all ranks.
-        shapes: shape of every parameter; together the fragments of all ranks must cover each exactly once.
-        model: the model section of the configuration, so that a checkpoint explains itself.
-        state: everything else that can change a later loss; any JSON.
-        barrier: returns when all ranks have called it.
 
-    Raises ValueError when the fragments don't cover the parameters.
+def write_rank(directory: Path, rank: int, world_size: int, fragments: Iterable[Fragment]) -> dict[str, Any]:
+    """Write this rank's tensors, durably; returns its part of the manifest, for `commit`.
+
+    The sum is made of the bytes on their way to the file: what is damaged there later, or never arrives, doesn't fit it.
     """
-    final = run_dir / "checkpoints" / f"step-{step:09d}"
-    temporary = final.with_name(f"{final.name}.tmp-{life}")
-    temporary.mkdir(parents=True, exist_ok=True)  # by every rank: on a network disk others see it late
-    _write_rank(temporary, rank, world_size, fragments)
-    barrier()
-    if rank == 0:
-        _commit(temporary, final, step, shapes, model, state, world_size)
-    barrier()
-    return final
-
-
-def _write_rank(directory: Path, rank: int, world_size: int, fragments: Iterable[Fragment]) -> None:
-    """This rank's tensors, and a listing that rank 0 merges into the manifest."""
     path = directory / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     tensors, listing = {}, []
     for fragment in fragments:
@@ -85,32 +71,63 @@ def _write_rank(directory: Path, rank: int, world_size: int, fragments: Iterable
         listing.append((fragment.name, fragment.start, numel, sorted(fragment.tensors)))
         for kind, tensor in fragment.tensors.items():
             tensors[_key(kind, fragment.start, fragment.name)] = tensor.detach().cpu().contiguous()
-    save_file(tensors, path)
-    path.chmod(0o644)  # safetensors makes 0600; other users of a cluster read our files
-    with path.open("rb+") as stream:
+    with path.open("wb") as stream:
+        digest = hashlib.sha256()
+        for piece in _safetensors(tensors):
+            digest.update(piece)
+            stream.write(piece)
+        stream.flush()
         os.fsync(stream.fileno())
-    entry = {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size, "fragments": listing}
-    write_atomically(path.with_suffix(".json"), dump_json(entry))
+        size = stream.tell()
+    fsync_directory(directory)
+    return {"file": path.name, "sha256": digest.hexdigest(), "bytes": size, "fragments": listing}
 
 
-def _commit(
-    temporary: Path,
-    final: Path,
-    step: int,
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of fp32 vectors: length of the header, header (JSON, padded to 8 bytes), data.
+
+    Written here because the library can't hash what it writes (github.com/huggingface/safetensors, "Format").
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        data = tensor.numpy().view(np.uint8).data
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def commit(
+    directory: Path,
+    listings: list[dict[str, Any]],
     shapes: dict[str, tuple[int, ...]],
     model: dict[str, Any],
     state: dict[str, Any],
-    world_size: int,
-) -> None:
+) -> Path:
+    """Give a step that all ranks have written its name, and return it. From the rename on it is one to resume from.
+
+    Args:
+        directory: the step's `temporary_path`.
+        listings: what `write_rank` returned on each rank.
+        shapes: shape of every parameter; together the fragments of all ranks must cover each exactly once.
+        model: the model section of the configuration, so that a checkpoint explains itself.
+        state: everything else that can change a later loss; any JSON.
+
+    Raises ValueError when the fragments don't cover the parameters.
+    """
+    final = directory.with_name(directory.name.partition(TEMPORARY)[0])
     files: dict[str, dict[str, Any]] = {}
     parameters: dict[str, dict[str, Any]] = {name: {"shape": list(shape), "fragments": []} for name, shape in shapes.items()}
-    for listing_path in sorted(temporary.glob("rank-*.json")):
-        entry = json.loads(listing_path.read_bytes())
+    for entry in listings:
         files[entry["file"]] = {"sha256": entry["sha256"], "bytes": entry["bytes"]}
         for name, start, numel, kinds in entry["fragments"]:
             fragment = {"file": entry["file"], "start": start, "numel": numel, "kinds": kinds}
             parameters[name]["fragments"].append(fragment)
-        listing_path.unlink()
     for name, parameter in parameters.items():
         parameter["fragments"].sort(key=lambda fragment: fragment["start"])
         end = 0
@@ -122,18 +139,19 @@ def _commit(
             raise ValueError(f"{name}: fragments cover {end} of {math.prod(parameter['shape'])} elements")
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "step": step,
-        "world_size": world_size,
+        "step": int(final.name[len(PREFIX) :]),
+        "world_size": len(listings),
         "model": model,
         "state": state,
         "files": files,
         "parameters": parameters,
     }
     manifest["manifest_sha256"] = _manifest_sum(manifest)
-    write_atomically(temporary / "MANIFEST.json", dump_json(manifest))
-    os.rename(temporary, final)
+    write_atomically(directory / "MANIFEST.json", dump_json(manifest))
+    os.rename(directory, final)
     fsync_directory(final.parent)
     write_atomically(final.parent / "LATEST", f"{final.name}\n".encode())
+    return final
 
 
 def _key(kind: str, start: int, name: str) -> str:
@@ -168,9 +186,9 @@ class Checkpoint:
         self.step = int(self.manifest["step"])
         self.state: dict[str, Any] = self.manifest["state"]
 
-    def verify(self) -> None:
-        """Raise DamagedError naming the first file whose size or sha256 is not the manifest's."""
-        for name, entry in self.manifest["files"].items():
+    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+        """Raise DamagedError naming the first file whose size or sha256 is not the manifest's; ranks share the files."""
+        for name, entry in sorted(self.manifest["files"].items())[rank::ranks]:
             path = safe_join(self.path, name)
             if not path.is_file() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
                 raise DamagedError(f"{path}: missing or damaged (size or sha256 differs from MANIFEST.json)")
@@ -211,12 +229,17 @@ class Checkpoint:
 
 def steps(run_dir: Path) -> list[int]:
     """Committed steps, ascending."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir()]
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+    names = [path.name for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if path.is_dir()]
+    return sorted(int(name[len(PREFIX) :]) for name in names if name[len(PREFIX) :].isdigit())
 
 
 def step_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:09d}"
+    return run_dir / "checkpoints" / f"{PREFIX}{step:09d}"
+
+
+def temporary_path(run_dir: Path, step: int, life: str) -> Path:
+    """Where a step is written; `life` is the id of this process life of the run, equal on all ranks."""
+    return run_dir / "checkpoints" / f"{PREFIX}{step:09d}{TEMPORARY}{life}"
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
@@ -234,34 +257,38 @@ def newest(run_dir: Path) -> Checkpoint | None:
         except DamagedError as error:
             log(f"skipping a damaged checkpoint: {error}")
     if committed:
-        raise InputError(
-            f"{run_dir / 'checkpoints'}: {len(committed)} steps, none whole, nothing was changed; "
-            "restore one, or start again in another run_dir"
-        )
+        raise none_whole(run_dir, committed)
     return None
 
 
-def recover(run_dir: Path, life: str) -> Checkpoint | None:
-    """What a starting run does: find the newest whole step, set damaged ones aside, remove what dead lives left."""
-    checkpoint = newest(run_dir)
+def none_whole(run_dir: Path, committed: list[int]) -> InputError:
+    return InputError(
+        f"{run_dir / 'checkpoints'}: {len(committed)} steps, none whole, nothing was changed; "
+        "restore one, or start again in another run_dir"
+    )
+
+
+def tidy(run_dir: Path, newer_than: int, why: str, life: str) -> None:
+    """What a starting run does: rename steps that it can't or shall not go on from, and remove what dead lives left."""
     for step in steps(run_dir):
-        if checkpoint is not None and step > checkpoint.step:
+        if step > newer_than:
             path = step_path(run_dir, step)
-            path.rename(path.with_name(f"{path.name}.damaged-{life}"))
-    for leftover in sorted((run_dir / "checkpoints").glob("step-*.tmp-*")):
+            path.rename(path.with_name(f"{path.name}.{why}-{life}"))
+    for leftover in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*{TEMPORARY}*")):
         shutil.rmtree(leftover)
-    return checkpoint
 
 
-def retain(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` steps; called after a commit, so a successor exists.
+def retain(run_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` steps and the multiples of `keep_every` (0: none are kept for that).
 
-    A step loses its name first, so that a half-deleted one is never taken for whole. A file system that refuses is no
-    reason to stop training: the next start removes what is left.
+    Called after a commit, so a successor exists. A step loses its name first, so that a half-deleted one is never taken for
+    whole. A file system that refuses is no reason to stop training: the next start removes what is left.
     """
     for step in steps(run_dir)[:-keep_last]:
+        if keep_every and step % keep_every == 0:
+            continue
         path = step_path(run_dir, step)
         try:
-            shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp-discarded")))
+            shutil.rmtree(path.rename(path.with_name(f"{path.name}{TEMPORARY}discarded")))
         except OSError as error:
             log(f"{path}: can't be removed now: {error}")

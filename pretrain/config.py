@@ -56,9 +56,9 @@ class DataConfig(Section):
     memory_gb: float = Field(8.0, gt=0)  # for open blocks, a rank; with less, blocks are read again and again
     cache_dir: str | None = None  # for blocks of URLs, shared by the ranks of a node; None: in the user's cache directory
     cache_gb: float = Field(20.0, gt=0)
-    # A rank that waited so long for data ends the run with status 70. Less than the 30 minutes after which the other ranks,
-    # which wait for it, give up by themselves.
-    stall_seconds: float = Field(900.0, gt=0, le=1500)
+    # A rank that waited so long for data ends the run with status 70. Less than watchdog.step_seconds, which would end it
+    # without naming the file.
+    stall_seconds: float = Field(900.0, gt=0)
     mask_probability: float = Field(0.15, gt=0, lt=1)  # share of content tokens that are predicted
     replace_by_mask: float = Field(0.8, ge=0, le=1)  # of those: share that becomes [MASK]
     replace_by_random: float = Field(0.1, ge=0, le=1)  # of those: share that becomes a random content token
@@ -94,6 +94,17 @@ class TrainConfig(Section):
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(10, ge=1)  # steps
+    # Dense matrix TFLOP/s of a device in `dtype`, for `mfu` in the metrics; None: known for common GPUs (pretrain/flops.py).
+    peak_tflops: float | None = Field(None, gt=0)
+
+
+class BadStepsConfig(Section):
+    """Steps whose update is not made, on any rank: the loss or a gradient is not finite, or the gradient norm is a spike."""
+
+    # A norm over so many times the median of the last `window` good ones is a spike; 0: none ever is.
+    norm_factor: float = Field(10.0, ge=0)
+    window: int = Field(128, ge=1)  # there are no spikes until it is full
+    stop_after: int = Field(10, ge=1)  # so many bad steps in a row end the run with status 1
 
 
 class ValidationConfig(Section):
@@ -104,6 +115,15 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     save_every: int = Field(1000, ge=1)  # steps; the last step is always saved
     keep_last: int = Field(3, ge=1)
+    keep_every: int = Field(0, ge=0)  # steps that are multiples of it are kept for good; 0: none
+
+
+class WatchdogConfig(Section):
+    """How long a rank may take before it writes down what all its threads do and ends with status 70."""
+
+    start_seconds: float = Field(3600.0, gt=0)  # from the start of the process to the end of its first step
+    step_seconds: float = Field(1200.0, gt=0)  # a step, data included, or a batch of validation
+    save_seconds: float = Field(3600.0, gt=0)  # writing a checkpoint: only where training has to wait for it
 
 
 class DeepSpeedConfig(Section):
@@ -118,14 +138,18 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")
-    def _stage(self) -> Config:
+    def _fits(self) -> Config:
         if self.train.dtype != "fp32" and self.deepspeed.zero_stage == 0:
             raise ValueError(
                 "deepspeed.zero_stage 0 needs train.dtype=fp32: in bf16 it has no fp32 master weights; use stage 1"
             )
+        if self.data.stall_seconds >= self.watchdog.step_seconds:
+            raise ValueError("data.stall_seconds must be less than watchdog.step_seconds")
         return self
 
 
@@ -146,16 +170,24 @@ MAY_CHANGE = frozenset(
         "train.stop_at_step",
         "train.micro_batch_size",
         "train.log_every",
+        "train.peak_tflops",
         "validation.every",
         "validation.sequences",
         "checkpoint.save_every",
         "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "bad_steps.stop_after",
+        "watchdog.start_seconds",
+        "watchdog.step_seconds",
+        "watchdog.save_seconds",
         "deepspeed.zero_stage",
     }
 )
 
 # These too when `data.start_new_epoch` is set; the loader's state in the checkpoint says whether a new epoch has to begin.
 NEW_EPOCH_MAY_CHANGE = ("train.seed", "data.sampling.")
+# And these with --from-step, which is how one leaves a run that has diverged.
+GOING_BACK_MAY_CHANGE = ("optimizer.", "bad_steps.")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -250,12 +282,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_changes(config: Config, saved: Config, source: Path) -> None:
+def refuse_changes(config: Config, saved: Config, source: Path, going_back: bool) -> None:
     """Raise InputError when a resumed run's configuration differs in a key that would change what the run means."""
     new, old = flatten(config.model_dump(mode="json")), flatten(saved.model_dump(mode="json"))
     changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key) and key not in MAY_CHANGE)
     if config.data.start_new_epoch:
         changed = [key for key in changed if not key.startswith(NEW_EPOCH_MAY_CHANGE)]
+    if going_back:
+        changed = [key for key in changed if not key.startswith(GOING_BACK_MAY_CHANGE)]
     if changed:
         lines = ", ".join(f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed)
         new_order = all(key.startswith(NEW_EPOCH_MAY_CHANGE) for key in changed)

@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from data_prep.cli import InputError
+from data_prep.cli import BAD_INPUT, FAILED, HUNG, Hung, InputError, exit_status, one_line
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+FAILURE_SECONDS = 5.0  # how long a rank whose collective broke waits for the one that left to have said why
 
 
 @dataclass(frozen=True)
 class World:
+    """The ranks of a run. `store` holds small values that all of them see, without taking part at the same time."""
+
     rank: int
     size: int
     device: torch.device
+    store: dist.Store
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +53,61 @@ class World:
         """Rank 0's value, on every rank."""
         return int(self.sum(value if self.is_first else 0)[0])
 
+    def gather(self, value: float) -> list[float]:
+        """The values of all ranks, by rank; a collective."""
+        return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
+
+    def agree(self, failure: Exception | None, *values: float) -> list[float]:
+        """Sums of `values` over all ranks, if none of them failed. Raises this rank's `failure`, or one of its kind.
+
+        So ranks leave together and with the same status, and none waits for one that has left. A collective.
+        """
+        statuses = (HUNG, BAD_INPUT, FAILED)
+        mine = None if failure is None else exit_status(failure)
+        *sums, hung, bad_input, failed = self.sum(*values, *(mine == status for status in statuses))
+        if hung + bad_input + failed == 0:
+            return sums
+        if failure is not None:
+            self.report_failure(failure)
+        rank = int(self.max(-1 if failure is None else self.rank))
+        kind = Hung if hung else InputError if bad_input else RuntimeError
+        raise failure or kind(self._reported().partition(" ")[2] or f"rank {rank} failed; see its message in the log")
+
+    def limit_collectives(self, seconds: float) -> None:
+        """From now on a collective that takes longer fails. The watchdog comes first; this is for when it can't."""
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+    def report_failure(self, error: BaseException) -> None:
+        """Tell the ranks that will soon miss this one why it leaves."""
+        with suppress(Exception):  # the store may be gone: it lives in another process
+            self.store.set("failure", f"{exit_status(error)} rank {self.rank}: {one_line(error) or type(error).__name__}")
+
+    def explain(self, error: BaseException) -> BaseException:
+        """What stands behind a failure: for a broken collective, the failure of the rank that left, or that it was lost."""
+        if not _is_broken_collective(error):
+            self.report_failure(error)
+            return error
+        deadline = time.monotonic() + FAILURE_SECONDS
+        while time.monotonic() < deadline:
+            if reported := self._reported():
+                status, _, text = reported.partition(" ")
+                return {BAD_INPUT: InputError, HUNG: Hung}.get(int(status), RuntimeError)(text)
+            time.sleep(0.2)
+        return Hung(f"lost a rank: {one_line(error)}")
+
+    def _reported(self) -> str:
+        """What the last rank that failed has said: status, rank and reason; "" where none did."""
+        with suppress(Exception):
+            if self.store.check(["failure"]):
+                return self.store.get("failure").decode()
+        return ""
+
+
+def _is_broken_collective(error: BaseException) -> bool:
+    """gloo and torch raise RuntimeErrors of several kinds; there is no common class."""
+    words = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "timed out", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
 
 def environment_rank() -> int:
     """This process's rank as its launcher states it, before anything is initialised; 0 when started alone."""
@@ -61,17 +121,19 @@ def _is_srun_task() -> bool:
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def start() -> World:
+def start(timeout_seconds: float = 1800.0) -> World:
     """Join the other ranks: NCCL where there are GPUs, gloo otherwise.
+
+    Args:
+        timeout_seconds: for the ranks to come together, and for each collective until `World.limit_collectives`.
 
     Raises InputError when a node starts more ranks than it has GPUs.
     """
     if "RANK" not in os.environ and _is_srun_task():
         _adopt_srun()
-    rendezvous: dict[str, Any] = {}
-    if "RANK" not in os.environ:  # alone: no port to open, nobody to meet
+    alone = "RANK" not in os.environ  # no port to open, nobody to meet
+    if alone:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -81,10 +143,13 @@ def start() -> World:
             raise InputError(f"rank {rank}: local rank {local_rank} has no GPU, there are {visible}; start fewer ranks")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **rendezvous)
-    return World(rank, size, device)
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.HashStore() if alone else next(rendezvous("env://", rank, size, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    joined = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, timeout=timeout, store=joined, rank=rank, world_size=size)
+    return World(rank, size, device, dist.PrefixStore("run", store))
 
 
 def _adopt_srun() -> None:

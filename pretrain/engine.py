@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pretrain.config import Config, OptimizerConfig
 from pretrain.distributed import World
-from pretrain.model import MaskedLanguageModel, initialize
+from pretrain.model import MaskedLanguageModel
 from pretrain.order import micro_batches
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -25,16 +30,35 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def build_engine(config: Config, world: World) -> Any:
-    """Model with weights drawn from the seed, torch's fused AdamW, and DeepSpeed around them."""
+    """The model, torch's fused AdamW and DeepSpeed around them. The weights are arbitrary: `zero_state.load` sets them.
+
+    No rank ever holds the fp32 state of the whole model: at stage 3 each module is cut up as soon as it is built, below it
+    is built in the dtype of the forward passes.
+    """
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on stdout that it found no GPU
     import deepspeed  # here: it takes seconds to import, and its logger speaks on stdout, which is ours
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # DeepSpeed calls it
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it takes a step that we leave out for an overflow of fp16
     # On a CPU DeepSpeed would compile this at the first start, which takes a minute; only its inference collectives use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = MaskedLanguageModel(config.model)
-    initialize(model, config.train.seed, config.model.initializer_range)
+    dtype, stage = DTYPES[config.train.dtype], config.deepspeed.zero_stage
+    accumulation = micro_batches(config.train.global_batch_size, world.size, config.train.micro_batch_size)
+    settings = {
+        # Nominal: with uneven rows some micro batches are smaller or empty. Only their number matters to DeepSpeed.
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16": {"enabled": config.train.dtype == "bf16"},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 50_000_000,  # elements; the default 5e8 allocates 2 GB a rank for any model
+            "allgather_bucket_size": 50_000_000,
+        },
+    }
+    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3), world.device, _default_dtype(dtype):
+        model = MaskedLanguageModel(config.model)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=0.0,  # set before every step; 0 also makes stage 3's initial step with zero gradients do nothing
@@ -43,21 +67,7 @@ def build_engine(config: Config, world: World) -> Any:
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
-    accumulation = micro_batches(config.train.global_batch_size, world.size, config.train.micro_batch_size)
-    settings = {
-        # Nominal: with uneven rows some micro batches are smaller or empty. Only their number matters to DeepSpeed.
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        # Unchecked: DeepSpeed would skip the update without a word, and its step count would no longer be ours.
-        "bf16": {"enabled": config.train.dtype == "bf16", "check_grad_overflow": False},
-        "zero_optimization": {
-            "stage": config.deepspeed.zero_stage,
-            "reduce_bucket_size": 50_000_000,  # elements; the default 5e8 allocates 2 GB a rank for any model
-            "allgather_bucket_size": 50_000_000,
-        },
-    }
-    engine, *_ = deepspeed.initialize(model=model.to(world.device), optimizer=optimizer, config=settings)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
@@ -66,9 +76,11 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
-def gradient_norm_before_step(engine: Any) -> float | None:
-    """Global gradient norm at stage 0, where DeepSpeed keeps none; call after the last backward pass of a step."""
-    if engine.zero_optimization_stage() > 0:
-        return None
-    norms = [parameter.grad.norm() for parameter in engine.module.parameters()]
-    return float(torch.stack(norms).norm())
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -22,8 +22,9 @@ from torch import Tensor
 from data_prep.cli import InputError, dump_json, fsync_directory
 from data_prep.dataset import SPECIALS
 from pretrain import checkpoint
-from pretrain.model import ModelConfig
-from pretrain.pretrained import EMBEDDINGS, TIED, Pretrained, read_huggingface, read_run
+from pretrain.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed, read_deepspeed
+from pretrain.model import ModelConfig, parameter_count
+from pretrain.pretrained import EMBEDDINGS, TIED, Pretrained, expected_shapes, read_huggingface, read_run
 
 MODELING = "modeling_dnabert2"
 AUTO_MAP = {
@@ -57,37 +58,41 @@ def export_run(run_dir: Path, out: Path, step: int | None = None) -> dict[str, A
     }
 
 
-def import_directory(hf_dir: Path, run_dir: Path) -> dict[str, Any]:
-    """Make a new run directory whose step 0 has the weights of a Hugging Face directory, and no optimizer state.
+def import_directory(directory: Path, run_dir: Path, like: Path | None = None) -> dict[str, Any]:
+    """Make a new run directory whose step 0 has the weights of a Hugging Face directory or of a DeepSpeed checkpoint.
 
-    Reads exported directories and the published files, model.safetensors or pytorch_model.bin, and runs no code found
-    there. Raises InputError naming the file and key that is missing, too much or wrong, or when `run_dir` is in use.
+    Reads exported directories and the published files, model.safetensors or pytorch_model.bin, and what DeepSpeed's
+    `save_checkpoint` writes, Adam's moments included; it runs no code found there. `like` is for the latter: see
+    `read_deepspeed`. Raises InputError naming the file and key that is missing, too much or wrong, or when `run_dir` is
+    in use.
     """
-    hf_dir, run_dir = Path(hf_dir), Path(run_dir)
-    if not hf_dir.is_dir():
-        raise InputError(f"{hf_dir}: not a directory")
-    if not (hf_dir / "config.json").is_file():
-        raise InputError(f"{hf_dir / 'config.json'}: not found; expected a Hugging Face directory")
-    model = read_huggingface(hf_dir)
+    directory, run_dir = Path(directory), Path(run_dir)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: not a directory")
+    model: DeepSpeedCheckpoint | Pretrained
+    if is_deepspeed(directory):
+        model = read_deepspeed(directory, like)
+        fragments, state = model.fragments, model.optimizer_state
+    elif like is not None:
+        raise InputError(f"{directory}: not a DeepSpeed checkpoint (no `latest`, no *_model_states.pt); leave out --like")
+    elif not (directory / "config.json").is_file():
+        raise InputError(f"{directory / 'config.json'}: not found; expected Hugging Face files or a DeepSpeed checkpoint")
+    else:
+        model = read_huggingface(directory)
+        fragments = (checkpoint.Fragment(name, 0, {"weight": t.flatten()}) for name, t in model.weights.items())
+        state = {}
     with _whole_directory(run_dir) as partial:
         shutil.copyfile(model.tokenizer, partial / "tokenizer.json")
         checkpoint.save(
             partial,
             step=0,
             life="import",
-            fragments=[checkpoint.Fragment(name, 0, {"weight": t.flatten()}) for name, t in model.weights.items()],
-            shapes={name: tuple(tensor.shape) for name, tensor in model.weights.items()},
+            fragments=fragments,
+            shapes=expected_shapes(model.config),
             model=model.config.model_dump(),
-            state={"imported": model.source},
+            state=state | {"imported": model.source},
         )
-    return {
-        "run_dir": str(run_dir),
-        "step": 0,
-        "parameters": sum(tensor.numel() for tensor in model.weights.values()),
-        "file": model.source["file"],
-        "dtype": model.source["dtype"],
-        "dropped": model.source["dropped"],
-    }
+    return {"run_dir": str(run_dir), "step": 0, "parameters": parameter_count(model.config)} | state | model.source
 
 
 def published_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +140,9 @@ def _model_card(model: Pretrained) -> str:
     if "dataset_manifest_sha256" in source:
         origin += f" on the dataset whose manifest.json has sha256 `{source['dataset_manifest_sha256']}`"
     if "imported" in source:
-        origin += ", imported from Hugging Face files"
+        origin += ", started from " + {"deepspeed": "a DeepSpeed checkpoint"}.get(
+            source["imported"]["kind"], "Hugging Face files"
+        )
     c = model.config
     return f"""\
 ---

@@ -197,17 +197,27 @@ class Loader:
         ]
         return [batch.pin() for batch in batches] if self.pin else batches
 
-    def validation(self) -> Iterator[MaskedBatch]:
-        """This rank's share of the validation sequences: spread evenly over the split, masked the same way every time."""
+    def validation(self) -> Iterator[tuple[str, MaskedBatch]]:
+        """This rank's share of the validation sequences: spread evenly over the split, masked the same way every time.
+
+        Each batch holds sequences of one species category, which stands with it. All ranks yield as many batches of each
+        category, in the same order.
+        """
+        shards, micro = self.valid_pool.split.shards, self.config.train.micro_batch_size
         total = int(self._valid_ends[-1]) if len(self._valid_ends) else 0
-        count, micro = min(self.config.validation.sequences, total), self.config.train.micro_batch_size
-        mine = np.array(rank_rows(count, self.rank, self.ranks), np.int64)
-        for i in range(micro_batches(count, self.ranks, micro)):
-            numbers = mine[i * micro : (i + 1) * micro] * total // count
-            rows = np.searchsorted(self._valid_ends, numbers, side="right")
-            sequences = numbers - (self._valid_ends - self.valid_pool.split.shards["sequences"].astype(np.int64))[rows]
-            batch = pack(*self.valid_pool.read(rows, sequences), numbers, self._valid_masking, dropout_key=None)
-            yield batch.pin() if self.pin else batch
+        count = min(self.config.validation.sequences, total)
+        numbers = np.arange(count, dtype=np.int64) * total // max(count, 1)
+        rows = np.searchsorted(self._valid_ends, numbers, side="right")
+        sequences = numbers - (self._valid_ends - shards["sequences"].astype(np.int64))[rows]
+        categories = np.array([species["category"] for species in self.dataset.manifest["species"]])[shards["species"][rows]]
+        for category in np.unique(categories):
+            alike = np.flatnonzero(categories == category)
+            mine = alike[rank_rows(len(alike), self.rank, self.ranks)]
+            for i in range(micro_batches(len(alike), self.ranks, micro)):
+                part = mine[i * micro : (i + 1) * micro]
+                read = self.valid_pool.read(rows[part], sequences[part])
+                batch = pack(*read, numbers[part], self._valid_masking, dropout_key=None)
+                yield str(category), batch.pin() if self.pin else batch
 
 
 def build_order(config: Config, dataset: Dataset, report: bool = False) -> Order:

@@ -10,6 +10,7 @@ m masked tokens, b sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -260,19 +261,26 @@ class MaskedLanguageModel(nn.Module):
         return loss, (logits_mv.detach().argmax(-1) == labels_m).sum()
 
 
-def initialize(model: nn.Module, seed: int, std: float) -> None:
-    """Normal(0, std) matrices, zero biases, unit LayerNorms, drawn in the order of the module tree from `seed`.
+def initial_values(shapes: Mapping[str, tuple[int, ...]], seed: int, std: float) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 start value of one parameter after another: Normal(0, std) matrices, zero biases, unit LayerNorms.
 
-    Tied matrices are drawn once, so the result depends on nothing but the seed and the sizes.
+    `shapes` has each parameter once, in the order of the module tree, so the result depends on nothing but the seed and the
+    sizes. Only one value exists at a time: no process has to hold a whole model.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            nn.init.normal_(parameter, 0.0, std, generator=generator)
-        elif name.lower().endswith("layernorm.weight"):
-            nn.init.ones_(parameter)
+    for name, shape in shapes.items():
+        if len(shape) >= 2:
+            yield name, torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
         else:
-            nn.init.zeros_(parameter)
+            yield name, torch.full(shape, float(name.lower().endswith("layernorm.weight")), dtype=torch.float32)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, std: float) -> None:
+    """Give a model its `initial_values`."""
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values({name: tuple(p.shape) for name, p in parameters.items()}, seed, std):
+        parameters[name].copy_(value)
 
 
 def parameter_count(config: ModelConfig) -> int:

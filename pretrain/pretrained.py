@@ -68,11 +68,11 @@ def read_run(run_dir: Path, step: int | None = None) -> Pretrained:
             raise InputError(f"{run_dir}: no checkpoint of step {step}; there are: {known}")
         found = checkpoint.Checkpoint(checkpoint.step_path(run_dir, step))
         found.verify()
-    config = _parse_config(found.manifest["model"], found.path / "MANIFEST.json")
+    config = parse_config(found.manifest["model"], found.path / "MANIFEST.json")
     weights = found.weights()
-    _check_names_and_shapes(weights, config, found.path)
+    check_names_and_shapes(weights, config, found.path)
     tokenizer = run_dir / "tokenizer.json"
-    _check_tokenizer(tokenizer, config)
+    check_tokenizer(tokenizer, config)
     source = {"kind": "run", "path": str(run_dir), "step": found.step}
     if "loader" in found.state:  # not after an import
         source["dataset_manifest_sha256"] = found.state["loader"]["manifest_sha256"]
@@ -86,9 +86,9 @@ def read_huggingface(directory: Path) -> Pretrained:
 
     `source` says which file, which dtype it held (fp16 and bf16 become fp32) and which keys were dropped (a pooler).
     """
-    config = _parse_config(_read_config(directory / "config.json"), directory / "config.json")
+    config = parse_config(read_config(directory / "config.json"), directory / "config.json")
     tokenizer = directory / "tokenizer.json"
-    _check_tokenizer(tokenizer, config)
+    check_tokenizer(tokenizer, config)
     path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if path is None:
         raise InputError(f"{directory}: holds no weights; expected {' or '.join(WEIGHT_FILES)}")
@@ -96,7 +96,7 @@ def read_huggingface(directory: Path) -> Pretrained:
     dropped = sorted(name for name in raw if name in POOLER)
     decoder = raw.get(TIED)
     weights = {name: tensor for name, tensor in raw.items() if name not in POOLER and name != TIED}
-    _check_names_and_shapes(weights, config, path)
+    check_names_and_shapes(weights, config, path)
     if decoder is not None and not torch.equal(decoder, weights[EMBEDDINGS]):
         raise InputError(f"{path}: {TIED} differs from {EMBEDDINGS}; in this model the two are one")
     for name, tensor in weights.items():
@@ -121,7 +121,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in MaskedLanguageModel(config).named_parameters()}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The keys of a config.json that make our ModelConfig, all of them, from a file that may have many more."""
     try:
         content = json.loads(path.read_bytes())
@@ -137,7 +137,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {key: content[key] for key in ModelConfig.model_fields}
 
 
-def _parse_config(values: dict[str, Any], path: Path) -> ModelConfig:
+def parse_config(values: dict[str, Any], path: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
@@ -165,7 +165,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return raw
 
 
-def _check_names_and_shapes(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
+def check_names_and_shapes(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
     expected = expected_shapes(config)
     wrong = {"missing": expected.keys() - weights.keys(), "unexpected": weights.keys() - expected.keys()}
     for what, names in wrong.items():
@@ -178,7 +178,7 @@ def _check_names_and_shapes(weights: dict[str, Tensor], config: ModelConfig, pat
             raise InputError(f"{path}: {name} has shape {list(found)}, by the configuration it is {list(shape)}")
 
 
-def _check_tokenizer(path: Path, config: ModelConfig) -> None:
+def check_tokenizer(path: Path, config: ModelConfig) -> None:
     """The tokenizer of this model: as many tokens as embeddings, and the special ids that the code counts on."""
     if not path.is_file():
         raise InputError(f"{path}: not found; a model is of no use without its tokenizer")

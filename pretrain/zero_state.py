@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import Checkpoint, Fragment
+from pretrain.model import initial_values
 
 
 class _Part(NamedTuple):
@@ -74,29 +75,41 @@ def owned_fragments(engine: Any, rank: int, ranks: int) -> Iterator[Fragment]:
         yield Fragment(part.name, part.start, {"weight": part.of(part.flat), **moments})
 
 
-def load(engine: Any, checkpoint: Checkpoint) -> None:
+class InitialState:
+    """What a run starts from, in the form of a checkpoint without moments. Parameters are read in the model's order."""
+
+    has_optimizer_state = False
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, std: float) -> None:
+        self.state: dict[str, Any] = {}
+        self._values = initial_values(shapes, seed, std)
+        self._name, self._value = "", torch.empty(0)
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        while self._name != name:  # a rank that owns nothing of a parameter draws it too: one generator draws them all
+            self._name, self._value = next(self._values)
+        return self._value.view(-1)[start : start + numel]
+
+
+def load(engine: Any, source: Checkpoint | InitialState) -> None:
     """Read this rank's fragments from a checkpoint of any layout, and refresh the weights that the model computes with.
 
-    An imported checkpoint has no moments; they start at zero. Raises InputError when a parameter is missing.
+    A source without moments (an imported checkpoint, a fresh start) leaves them at zero. Raises InputError when a parameter
+    is missing.
     """
-    has_moments, step = checkpoint.has_optimizer_state, checkpoint.state.get("optimizer_step", 0)
+    step = source.state.get("optimizer_step", 0)
     for part in _parts(engine):
-        part.of(part.flat).copy_(checkpoint.read(part.name, "weight", part.start, part.numel))
+        part.of(part.flat).copy_(source.read(part.name, "weight", part.start, part.numel))
         state = _adam_state(engine, part.flat)
-        state["step"].fill_(step)
+        state["step"].fill_(
+            step
+        )  # stage 3 takes a step with zero gradients when it starts, which would count as Adam's first
         for kind in ("exp_avg", "exp_avg_sq"):
-            if has_moments:
-                part.of(state[kind]).copy_(checkpoint.read(part.name, kind, part.start, part.numel))
+            if source.has_optimizer_state:
+                part.of(state[kind]).copy_(source.read(part.name, kind, part.start, part.numel))
             else:
                 part.of(state[kind]).zero_()
     _refresh_model_weights(engine)
-
-
-def reset_optimizer(engine: Any) -> None:
-    """A fresh optimizer state. Stage 3 takes a step with zero gradients when it starts, which counts as Adam's first."""
-    for part in _parts(engine):
-        for tensor in _adam_state(engine, part.flat).values():
-            tensor.zero_()
 
 
 def _refresh_model_weights(engine: Any) -> None:

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
-import pretrain.train
 from data_prep.cli import leave
+from pretrain import zero_step
 from pretrain.config import load_config
+from pretrain.train import train
 
 if __name__ == "__main__":
     out, name, *overrides = sys.argv[1:]
+    real_norm = zero_step.gradient_norm
 
-    def keep_gradients(engine: Any) -> None:
+    def keep_gradients(engine: Any) -> float:
         if engine.global_rank == 0:
             gradients = {n: p.grad.clone() for n, p in engine.module.named_parameters()}
             torch.save(gradients, Path(out))
+        return real_norm(engine)
 
-    pretrain.train.gradient_norm_before_step = lambda engine: (keep_gradients(engine), 0.0)[1]
-    pretrain.train.train(load_config(name, [*overrides, "deepspeed.zero_stage=0", "train.max_steps=1"]))
+    zero_step.gradient_norm = keep_gradients
+    train(load_config(name, [*overrides, "deepspeed.zero_stage=0", "train.max_steps=1"]))
     leave(0)

@@ -38,7 +38,7 @@ if __name__ == "__main__":
     out, kill_step, name, *overrides = sys.argv[1:]
     real_step = _Run._train_step
 
-    def recorded_step(run: _Run, batches: list[MaskedBatch], masked: float) -> dict[str, Any]:
+    def recorded_step(run: _Run, batches: list[MaskedBatch], masked: float) -> dict[str, float]:
         step = run.step + 1
         lines = [line for batch in batches for line in described(run, batch)]
         (Path(out) / f"{step}-{run.world.rank}.json").write_text(json.dumps(lines))

@@ -12,7 +12,7 @@ from data_prep.cli import InputError
 from pretrain import checkpoint
 from pretrain.hf import export_run, import_directory
 from pretrain.model import ModelConfig
-from pretrain.pretrained import _parse_config, _read_config, load_pretrained, read_huggingface
+from pretrain.pretrained import load_pretrained, parse_config, read_config, read_huggingface
 from tests.pretrain.directories import (
     CONFIG,
     MERGES,
@@ -61,7 +61,7 @@ def test_the_published_layout_is_imported(published, model, tmp_path):
 def test_the_published_configuration_is_the_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_CONFIG))
     path = tmp_path / "config.json"
-    assert _parse_config(_read_config(path), path) == ModelConfig()
+    assert parse_config(read_config(path), path) == ModelConfig()
 
 
 def test_half_precision_is_widened(published, model, tmp_path):

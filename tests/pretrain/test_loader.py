@@ -109,15 +109,42 @@ def test_a_plain_loader_has_neither_masks_nor_keys(tiny_config: list[str]) -> No
     assert not (plain.packed.ids_t == MASK).any()
 
 
-def test_validation_is_the_same_on_any_ranks_and_draws_no_dropout(tiny_config: list[str]) -> None:
-    def labels(ranks: int) -> list[int]:
-        each = [list(loader(tiny_config, rank, ranks).validation()) for rank in range(ranks)]
-        assert len({len(batches) for batches in each}) == 1
-        assert all(batch.packed.dropout_keys_t is None for batches in each for batch in batches)
-        return [int(label) for batches in each for batch in batches for label in batch.labels_m]
+def test_validation_is_the_same_on_any_ranks_category_by_category(tiny_config: list[str]) -> None:
+    def validation(ranks: int, *overrides: str) -> dict[str, list[int]]:
+        """Positions and labels by category, of all ranks."""
+        each = [list(loader(tiny_config, rank, ranks, *overrides).validation()) for rank in range(ranks)]
+        # Collectives: the same categories in the same order on every rank, empty batches included.
+        assert len({tuple(category for category, _ in batches) for batches in each}) == 1
+        assert all(batch.packed.dropout_keys_t is None for batches in each for _, batch in batches)
+        found: dict[str, list[int]] = {category: [] for category, _ in each[0]}
+        for category, batch in itertools.chain.from_iterable(each):
+            found[category] += [*batch.positions_b.tolist(), *batch.labels_m.tolist()]
+        return {category: sorted(values) for category, values in found.items()}
 
-    assert labels(1) == labels(3)
-    assert labels(1) == [int(label) for batch in loader(tiny_config).validation() for label in batch.labels_m]
+    alone = validation(1)
+    assert len(alone) == 3 and all(alone.values())
+    for ranks in (1, 3, 7):  # with 7, most have no sequence of some category
+        assert validation(ranks) == validation(ranks, "train.seed=5") == alone
+
+
+def test_a_validation_batch_holds_every_so_many_th_sequence_of_its_category(tiny_config: list[str]) -> None:
+    ours = loader(tiny_config, 0, 1, "validation.sequences=10")
+    shards, species = ours.dataset.split("valid").shards, ours.dataset.manifest["species"]
+    of_sequence = [
+        (row, sequence) for row, shard in enumerate(shards) for sequence in range(shard["sequences"])
+    ]  # of the split, in its order
+    batches = list(ours.validation())
+    numbers = [number for _, batch in batches for number in batch.positions_b.tolist()]
+    assert sorted(numbers) == [i * len(of_sequence) // 10 for i in range(10)]
+    for category, batch in batches:
+        starts = batch.packed.cu_seqlens.tolist()
+        ids = batch.packed.ids_t.clone()
+        ids[batch.index_m] = batch.labels_m
+        for start, end, number in zip(starts[:-1], starts[1:], batch.positions_b.tolist(), strict=True):
+            row, sequence = of_sequence[number]
+            assert species[shards["species"][row]]["category"] == category
+            stored = ours.dataset.split("valid").read_block(row, sequence // 1024).sequence(sequence % 1024)
+            assert ids[start + 1 : end - 1].tolist() == stored.tolist()
 
 
 def test_a_rank_without_rows_gets_an_empty_micro_batch(tiny_config: list[str]) -> None:

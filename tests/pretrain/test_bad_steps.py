@@ -1,0 +1,88 @@
+"""Bad numbers: which steps are left out, that they change nothing, and what is written down about them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint
+from pretrain.bad_steps import BadSteps
+from pretrain.config import BadStepsConfig
+from tests.commands import exit_status, metrics, pretrain, python
+from tests.pretrain.states import state_of
+
+WORKER = Path(__file__).parent / "bad_worker.py"
+
+
+def judged(config: BadStepsConfig, norms: list[float]) -> list[bool]:
+    bad = BadSteps(config)
+    return [bad.judge(1.0, norm) is not None for norm in norms]
+
+
+def test_what_is_not_finite_is_bad_from_the_first_step_on() -> None:
+    bad = BadSteps(BadStepsConfig())
+    assert bad.judge(math.nan, 1.0) == "the loss is nan" and bad.judge(math.inf, 1.0) == "the loss is inf"
+    assert bad.judge(1.0, math.nan) == "a gradient is not finite" and bad.in_a_row == 3
+    assert bad.judge(1.0, 1e9) is None and bad.in_a_row == 0
+
+
+def test_a_spike_is_measured_by_the_median_of_good_steps() -> None:
+    config = BadStepsConfig(norm_factor=4.0, window=3)
+    assert judged(config, [9.0, 1.0, 2.0, 8.0, 8.1]) == [False, False, False, False, True]  # medians 2 and 2
+    assert judged(config, [1.0] * 3 + [5.0] * 9) == [False] * 3 + [True] * 9  # bad ones do not move it
+    assert judged(config, [1.0, 1.0, 9.0]) == [False] * 3  # not before the window is full
+    assert judged(BadStepsConfig(norm_factor=0, window=1), [1.0, 1e30]) == [False, False]
+
+
+def test_the_judgement_goes_on_where_a_checkpoint_left_it() -> None:
+    config = BadStepsConfig(norm_factor=4.0, window=3)
+    first = BadSteps(config)
+    for norm in (0.1, 0.2, 0.3, 9.0):
+        first.judge(1.0, norm)
+    again = BadSteps(config, json.loads(json.dumps(first.state())))
+    assert again.in_a_row == 1 and again.judge(1.0, 0.81) and again.judge(1.0, 0.79) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "kind"), [(0, "fp32", "loss"), (1, "bf16", "gradient"), (2, "fp32", "spike"), (3, "bf16", "loss")]
+)
+def test_a_bad_step_changes_no_bit_of_weights_moments_and_step_counter(
+    tiny_config: list[str], tmp_path: Path, stage: int, dtype: str, kind: str
+) -> None:
+    settings = [f"deepspeed.zero_stage={stage}", f"train.dtype={dtype}", "train.max_steps=5", "checkpoint.save_every=1"]
+    settings += ["checkpoint.keep_last=9", "bad_steps.window=2", "train.stop_at_step=4", f"run_dir={tmp_path}"]
+    done = python(WORKER, kind, "4", "train", *tiny_config, *settings, ranks=2)
+    assert done.returncode == 0, done.stderr
+    states = {step: state_of(tmp_path, step) for step in (2, 3, 4)}
+    assert any(not torch.equal(states[2][name], states[3][name]) for name in states[2])
+    assert all(torch.equal(states[3][name], states[4][name]) for name in states[3])
+    manifests = [checkpoint.Checkpoint(checkpoint.step_path(tmp_path, step)) for step in (3, 4)]
+    assert [saved.state["optimizer_step"] for saved in manifests] == [3, 3]
+    assert [saved.state["loader"]["position"] for saved in manifests] == [33, 44]
+
+    last = metrics(tmp_path)[-1]
+    assert last["skipped_steps"] == 1 and (last["loss"] is None) == (kind == "loss")
+    (record,) = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
+    assert record["step"] == 4 and record["positions"] == [33, 44]
+    # The second of two ranks has rows 5 to 10 in micro batches of 3; the loss names its last one, a gradient nobody.
+    assert record["suspects"] == (kind == "loss") and len(record["sequences"]) == (3 if kind == "loss" else 11)
+
+    # And the run goes on, with the step counter that was not moved.
+    pretrain("train", *tiny_config, *settings, "train.stop_at_step=5", ranks=2)
+    assert checkpoint.Checkpoint(checkpoint.step_path(tmp_path, 5)).state["optimizer_step"] == 4
+
+
+def test_too_many_in_a_row_stop_the_run_and_name_the_step_to_go_back_to(tiny_config: list[str], tmp_path: Path) -> None:
+    settings = [*tiny_config, f"run_dir={tmp_path}", "checkpoint.save_every=2", "bad_steps.stop_after=3"]
+    done = python(WORKER, "loss", "4,5,6", "train", *settings)
+    assert done.returncode == 1 and "step 6: 3 bad steps in a row" in done.stderr
+    assert "--from-step 2" in done.stderr
+    assert exit_status(tmp_path) == 1 and checkpoint.steps(tmp_path) == [2]  # nothing is saved among bad steps
+    # The data and the numbers were bad, not the run: without them it goes on.
+    pretrain("train", *settings, "--from-step", "2", "optimizer.learning_rate=1e-3")
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 9))
+    assert (tmp_path / "bad_steps.jsonl").read_text() == ""
