@@ -1,4 +1,4 @@
-"""`python -m pretrain <verb>`: train, export, import, inspect, plot, bench, bench-loader, bench-order."""
+"""`python -m pretrain <verb>`: train, export, import, inspect, plot and benches."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 def _bench_loader(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.bench_loader import run
 
+    return run(args)
+
+
+def _bench_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.bench_checkpoint import run
+    from pretrain.distributed import environment_rank
+
+    args.json = args.json and environment_rank() == 0
     return run(args)
 
 
@@ -151,6 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
     from pretrain.bench_loader import add_arguments as add_loader_arguments
 
     add_loader_arguments(loader)
+
+    checkpoint = add_verb(
+        verbs, "bench-checkpoint", _bench_checkpoint, "For how long a save stops training, ours and DeepSpeed's, in one run."
+    )
+    from pretrain.bench_checkpoint import add_arguments as add_checkpoint_arguments
+
+    add_checkpoint_arguments(checkpoint)
 
     order = add_verb(verbs, "bench-order", _bench_order, "How well training shuffles, and what its order costs at scale.")
     from pretrain.bench_order import add_arguments as add_order_arguments

@@ -1,0 +1,113 @@
+"""Where a run goes on: back to an earlier step, in a copied directory, after an import; and why it could not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain import checkpoint
+from tests.commands import losses, metrics, pretrain, python, result
+
+WORKERS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on one rank, saved at 2, 4, 6 and 8; not to be changed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    pretrain("train", *tiny_config, *SAVED_OFTEN, f"run_dir={run_dir}")
+    return run_dir
+
+
+SAVED_OFTEN = ["checkpoint.save_every=2", "checkpoint.keep_last=9"]
+
+
+def test_going_back_sets_later_steps_aside_once_and_may_change_the_optimizer(
+    tiny_config: list[str], finished: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    command = ["train", *tiny_config, *SAVED_OFTEN, f"run_dir={run_dir}", "--from-step", "4", "optimizer.learning_rate=1e-4"]
+    back = pretrain(*command, "train.stop_at_step=6")
+    assert f"resumed from {checkpoint.step_path(run_dir, 4)}" in back.stderr
+    assert checkpoint.steps(run_dir) == [2, 4, 6]
+    left = {path.name.partition(".left-")[0] for path in (run_dir / "checkpoints").glob("*.left-*")}
+    assert left == {"step-000000006", "step-000000008"}
+    assert losses(run_dir)[:4] == losses(finished)[:4] and losses(run_dir)[5] != losses(finished)[5]
+
+    again = pretrain(*command)  # as a job that is queued again
+    assert "has gone back to step 4 already" in again.stderr and f"{checkpoint.step_path(run_dir, 6)}" in again.stderr
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 9))
+
+    unknown = pretrain(*command[:-3], "--from-step", "5", status=2)
+    assert "no checkpoint of step 5 to go back to; there are: 2, 4, 6, 8" in unknown.stderr
+    refused = pretrain(*command[:-3], "optimizer.learning_rate=1e-3", status=2)
+    assert "optimizer.learning_rate is 0.001, was 0.0001" in refused.stderr
+
+
+def test_a_copied_run_directory_goes_on_where_it_lies(tiny_config: list[str], finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(checkpoint.step_path(copy, 8))
+    pretrain("train", *tiny_config, *SAVED_OFTEN, f"run_dir={copy}")
+    assert losses(copy) == losses(finished) and checkpoint.steps(copy) == [2, 4, 6, 8]
+
+
+def test_inspect_tells_whole_steps_from_damaged_ones(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    file = next(checkpoint.step_path(run_dir, 6).glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (run_dir / "checkpoints" / "step-000000009.tmp-dead").mkdir()
+    found = result(pretrain("inspect", run_dir, "--json"))
+    assert [(row["step"], row["valid"]) for row in found["steps"]] == [(2, True), (4, True), (6, False), (8, True)]
+    assert str(file) in found["steps"][2]["problem"] and found["set_aside"] == ["step-000000009.tmp-dead"]
+    first = found["steps"][0]
+    assert (first["world_size"], first["zero_stage"], first["dtype"], first["position"]) == (1, 1, "fp32", 22)
+    assert first["bytes"] == sum(path.stat().st_size for path in checkpoint.step_path(run_dir, 2).iterdir())
+    assert found["lease"] is None
+    quick = result(pretrain("inspect", run_dir, "--no-verify", "--json"))
+    assert {row["valid"] for row in quick["steps"]} == {None}
+    assert "not a run directory" in pretrain("inspect", tmp_path, status=2).stderr
+
+
+def test_adams_step_count_of_an_imported_model_is_carried_on(tiny_config: list[str], finished: Path, tmp_path: Path) -> None:
+    """As `import` makes it of a DeepSpeed checkpoint: step 0, with moments and the steps that Adam had taken."""
+    source, run_dir = checkpoint.Checkpoint(checkpoint.step_path(finished, 8)), tmp_path / "run"
+    shapes = {name: tuple(parameter["shape"]) for name, parameter in source.manifest["parameters"].items()}
+    fragments = []
+    for name, shape in shapes.items():
+        numel = 1
+        for size in shape:
+            numel *= size
+        fragments.append(checkpoint.Fragment(name, 0, {k: source.read(name, k, 0, numel) for k in checkpoint.KINDS}))
+    state = {"imported": {"kind": "deepspeed"}, "optimizer_step": 8}
+    checkpoint.save(
+        run_dir, step=0, life="x", fragments=fragments, shapes=shapes, model=source.manifest["model"], state=state
+    )
+    shutil.copy(finished / "tokenizer.json", run_dir)
+    pretrain("train", *tiny_config, *SAVED_OFTEN, f"run_dir={run_dir}", "train.stop_at_step=2")
+    pretrain("train", *tiny_config, *SAVED_OFTEN, f"run_dir={run_dir}", "train.stop_at_step=4")
+    after = checkpoint.Checkpoint(checkpoint.step_path(run_dir, 4)).state
+    assert after["optimizer_step"] == 12 and after["imported"] == {"kind": "deepspeed"}
+
+
+def test_ranks_that_miss_another_say_why_it_left(tiny_config: list[str], tmp_path: Path) -> None:
+    done = python(WORKERS / "failing_worker.py", "train", *tiny_config, f"run_dir={tmp_path}", ranks=2)
+    assert done.returncode == 1 and "MemoryError: no room for activations" in done.stderr
+    left = json.loads((tmp_path / "exit.json").read_text())
+    assert left["status"] == 1 and left["reason"] == "rank 1: no room for activations"
+
+
+def test_a_save_is_compared_with_deepspeeds(tmp_path: Path) -> None:
+    arguments = ["bench-checkpoint", "tiny", "--dir", tmp_path, "--rounds", "1", "--sequences", "1", "--json"]
+    done = python("-m", "pretrain", *arguments, ranks=2)
+    assert done.returncode == 0, done.stderr
+    found = result(done)
+    assert found["ranks"] == 2 and found["stall_seconds"] > 0 and found["deepspeed_stall_seconds"] > 0
+    assert found["gigabytes"] * 1e9 > 12 * found["parameters"] and not list(tmp_path.iterdir())
