@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from data_prep.cli import BAD_INPUT, FAILED, HUNG, Hung, InputError, exit_status, one_line
+from data_prep.cli import BAD_INPUT, HUNG, Hung, InputError, exit_status, one_line
 
 FAILURE_SECONDS = 5.0  # how long a rank whose collective broke waits for the one that left to have said why
 
@@ -62,10 +62,9 @@ class World:
 
         So ranks leave together and with the same status, and none waits for one that has left. A collective.
         """
-        statuses = (HUNG, BAD_INPUT, FAILED)
         mine = None if failure is None else exit_status(failure)
-        *sums, hung, bad_input, failed = self.sum(*values, *(mine == status for status in statuses))
-        if hung + bad_input + failed == 0:
+        *sums, failed, hung, bad_input = self.sum(*values, mine is not None, mine == HUNG, mine == BAD_INPUT)
+        if failed == 0:
             return sums
         if failure is not None:
             self.report_failure(failure)

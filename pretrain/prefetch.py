@@ -9,7 +9,7 @@ from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
-from data_prep.cli import Hung, log
+from data_prep.cli import Hung, StopRequested, log
 
 Item = TypeVar("Item")
 REPORT_SECONDS = 30.0  # of waiting, after which the log says what for
@@ -24,13 +24,21 @@ class Prefetch(Generic[Item]):
         depth: items that wait ready.
         stall_seconds: a wait of this length ends in an error.
         doing: what the thread is doing at the moment, for messages, such as the file that it reads.
+        stop: whether to give up waiting, asked every second.
 
     `waited`: seconds for which `next` had to wait since it was last set to 0.
     """
 
-    def __init__(self, items: Iterator[Item], depth: int, stall_seconds: float, doing: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        items: Iterator[Item],
+        depth: int,
+        stall_seconds: float,
+        doing: Callable[[], str],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.waited = 0.0
-        self._stall_seconds, self._doing = stall_seconds, doing
+        self._stall_seconds, self._doing, self._stop = stall_seconds, doing, stop
         self._ready: Queue[tuple[Item | None, BaseException | None]] = Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), name="prefetch", daemon=True)
@@ -40,7 +48,10 @@ class Prefetch(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        """The next item, or what the iterator raised in its place. Raises Hung after `stall_seconds` of waiting."""
+        """The next item, or what the iterator raised in its place.
+
+        Raises Hung after `stall_seconds` of waiting, StopRequested where it was told to stop while there was no item.
+        """
         started = time.monotonic()
         item, error = self._wait(started)
         self.waited += time.monotonic() - started
@@ -49,14 +60,20 @@ class Prefetch(Generic[Item]):
         return item  # type: ignore[return-value]  # an item of type Item, as there was no error
 
     def _wait(self, started: float) -> tuple[Item | None, BaseException | None]:
+        reported = started
         while True:
-            left = self._stall_seconds - (time.monotonic() - started)
+            now = time.monotonic()
+            left = self._stall_seconds - (now - started)
             if left <= 0:
                 raise Hung(f"no data for {self._stall_seconds:.0f} s (data.stall_seconds): {self._doing()}")
+            if now - reported >= REPORT_SECONDS:
+                log(f"training has been waiting for data for {now - started:.0f} s: {self._doing()}")
+                reported = now
             try:
-                return self._ready.get(timeout=min(left, REPORT_SECONDS))
+                return self._ready.get(timeout=min(left, 1.0))
             except Empty:
-                log(f"training has been waiting for data for {time.monotonic() - started:.0f} s: {self._doing()}")
+                if self._stop():
+                    raise StopRequested("told to stop while waiting for data") from None
 
     def _fill(self, items: Iterator[Item]) -> None:
         try:

@@ -12,7 +12,7 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,7 +156,7 @@ class _Run:
         train = self.config.train
         last = train.max_steps if train.stop_at_step is None else min(train.stop_at_step, train.max_steps)
         if self.step < last:
-            self.batches = self._prefetch(self.loader.steps(self.position), self.loader.train_pool)
+            self.batches = self._prefetch(self.loader.steps(self.position), self.loader.train_pool, self._told_to_stop)
             self.profile = Profile(self.run_dir, self.world.rank, self.step + 1, profile_steps) if profile_steps else None
             self.interval.restart()
             try:
@@ -215,21 +215,23 @@ class _Run:
         failure = self.saver.failure
         try:
             batches = next(self.batches)
+        except StopRequested:
+            pass  # told to stop while there was no data; the others hear of it below
         except Exception as error:
             failure = failure or error
         masked, sequences, stops = self.world.agree(
             failure,
             sum(len(batch.labels_m) for batch in batches),
             sum(len(batch.positions_b) for batch in batches),
-            self.stop.received is not None,
+            self._told_to_stop(),
         )
-        if sequences == 0:
-            raise InputError(f"step {self.step + 1}: all its sequences are in damaged blocks; shard the data again")
         if stops:
             if self.saved_step != self.step:
                 self._save()
             self._wait_for_save()
             raise StopRequested(f"{self.stop.received or 'another rank was told to stop'}: step {self.step} is saved")
+        if sequences == 0:
+            raise InputError(f"step {self.step + 1}: all its sequences are in damaged blocks; shard the data again")
         return batches, masked
 
     def _train_step(self, batches: list[MaskedBatch], masked: float) -> dict[str, float]:
@@ -329,9 +331,12 @@ class _Run:
                 log(f"{skipped:.0f} validation sequences are in damaged blocks and left out")
         return self._validation or []
 
-    def _prefetch(self, items: Iterator[Item], pool: BlockPool) -> Prefetch[Item]:
+    def _prefetch(self, items: Iterator[Item], pool: BlockPool, stop: Callable[[], bool] = lambda: False) -> Prefetch[Item]:
         data = self.config.data
-        return Prefetch(items, data.prefetch_steps, data.stall_seconds, pool.in_flight)
+        return Prefetch(items, data.prefetch_steps, data.stall_seconds, pool.in_flight, stop)
+
+    def _told_to_stop(self) -> bool:
+        return self.stop.received is not None
 
     def _numel(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())

@@ -64,7 +64,7 @@ def test_waiting_is_counted_reported_and_ends(monkeypatch: pytest.MonkeyPatch, c
     assert 0.1 < ahead.waited < 2.0
     with pytest.raises(Hung, match=r"no data for 2 s \(data.stall_seconds\): reading 000012.tar"):
         next(ahead)
-    assert "waiting for data for 0 s: reading 000012.tar" in capsys.readouterr().err
+    assert "waiting for data for 1 s: reading 000012.tar" in capsys.readouterr().err
 
 
 def test_closing_ends_the_thread_but_not_one_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:

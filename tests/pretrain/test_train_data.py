@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pretrain import checkpoint
-from tests.commands import exit_status, losses, metrics, pretrain, python
+from tests.commands import ENVIRONMENT, ROOT, exit_status, losses, metrics, pretrain, python
 from tests.data_prep.servers import file_server
 from tests.pretrain.test_blocks import damage
 
@@ -53,6 +56,26 @@ def test_a_file_that_hangs_ends_all_ranks_with_70_and_is_named(
     assert done.returncode == 1  # torchrun's for any failure
     assert exit_status(tmp_path / "run") == 70
     assert any(f"no data for 3 s (data.stall_seconds): reading block 0 of {tar}" in done.stderr for tar in tars)
+
+
+def test_a_stop_signal_is_heeded_while_no_data_comes(tiny_config: list[str], copied: Path, tmp_path: Path) -> None:
+    for tar in (copied / "train").glob("*.tar"):
+        tar.unlink()
+        os.mkfifo(tar)
+    run_dir = tmp_path / "run"
+    arguments = ["-m", "pretrain", "train", *tiny_config, f"data.path={copied}", f"run_dir={run_dir}"]
+    waiting = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").is_file():
+            assert waiting.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        waiting.terminate()
+        _, errors = waiting.communicate(timeout=60)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 75, errors
+    assert exit_status(run_dir) == 75 and checkpoint.steps(run_dir) == [0]
 
 
 def test_another_dataset_and_seed_go_on_with_a_new_epoch_once(tiny_config: list[str], copied: Path, tmp_path: Path) -> None:
