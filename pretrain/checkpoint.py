@@ -71,14 +71,18 @@ def write_rank(directory: Path, rank: int, world_size: int, fragments: Iterable[
         listing.append((fragment.name, fragment.start, numel, sorted(fragment.tensors)))
         for kind, tensor in fragment.tensors.items():
             tensors[_key(kind, fragment.start, fragment.name)] = tensor.detach().cpu().contiguous()
-    with path.open("wb") as stream:
-        digest = hashlib.sha256()
-        for piece in _safetensors(tensors):
-            digest.update(piece)
-            stream.write(piece)
-        stream.flush()
-        os.fsync(stream.fileno())
-        size = stream.tell()
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as stream:
+            for piece in _safetensors(tensors):
+                digest.update(piece)
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+            size = stream.tell()
+    except OSError:
+        path.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     fsync_directory(directory)
     return {"file": path.name, "sha256": digest.hexdigest(), "bytes": size, "fragments": listing}
 
@@ -150,8 +154,12 @@ def commit(
     write_atomically(directory / "MANIFEST.json", dump_json(manifest))
     os.rename(directory, final)
     fsync_directory(final.parent)
-    write_atomically(final.parent / "LATEST", f"{final.name}\n".encode())
+    _name_latest(final)
     return final
+
+
+def _name_latest(path: Path) -> None:
+    write_atomically(path.parent / "LATEST", f"{path.name}\n".encode())
 
 
 def _key(kind: str, start: int, name: str) -> str:
@@ -276,6 +284,8 @@ def tidy(run_dir: Path, newer_than: int, why: str, life: str) -> None:
             path.rename(path.with_name(f"{path.name}.{why}-{life}"))
     for leftover in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*{TEMPORARY}*")):
         shutil.rmtree(leftover)
+    if remaining := steps(run_dir):
+        _name_latest(step_path(run_dir, remaining[-1]))
 
 
 def retain(run_dir: Path, keep_last: int, keep_every: int) -> None:

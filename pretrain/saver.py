@@ -135,9 +135,8 @@ class Saver:
                 checkpoint.retain(self._run_dir, self._config.keep_last, self._config.keep_every)
         except Exception as error:
             self.failure = error
+            # The directory stays until the next start: other ranks may still be writing there.
             world.store.set(f"{key}/failed", f"rank {world.rank}: {one_line(error)}")
-            # A full disk needs the room at once; what a rank that is still writing leaves is removed at the next start.
-            shutil.rmtree(directory, ignore_errors=True)
 
     def _meet(self, key: str) -> list[dict[str, Any]]:
         """The listings of all ranks, when all have written. Raises RuntimeError when one of them failed."""

@@ -116,6 +116,7 @@ def test_a_starting_run_renames_what_it_does_not_use_and_removes_what_was_left(t
     checkpoint.tidy(tmp_path, 1, "damaged", "life")
     assert (tmp_path / "checkpoints" / "step-000000002.damaged-life").is_dir()
     assert not leftover.exists() and checkpoint.steps(tmp_path) == [1]
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-000000001\n"
 
 
 def test_where_no_step_is_whole_it_says_so(tmp_path: Path) -> None:
