@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import add_verb, leave, main
+from data_prep.cli import InputError, add_verb, leave, main
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
@@ -14,6 +14,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.distributed import environment_rank
     from pretrain.train import train
 
+    if args.profile < 0:
+        raise InputError(f"--profile {args.profile}: must be a number of steps")
     args.json = args.json and environment_rank() == 0  # one result, however many ranks
     return train(load_config(args.config, args.overrides), args.from_step, args.profile)
 
@@ -109,11 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--profile",
         type=int,
-        nargs="?",
-        const=5,
         default=0,
         metavar="STEPS",
-        help="write a trace of some steps (default 5) and the share of communication to RUN_DIR/profile",
+        help="write a trace of so many steps, after two to warm up, and the share of communication to RUN_DIR/profile",
     )
 
     export = add_verb(verbs, "export", _export, "Write a run's weights as a self-contained Hugging Face directory.")

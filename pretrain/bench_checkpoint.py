@@ -128,7 +128,8 @@ def _round(
     alone = statistics.median(steps.take() for _ in range(3))
     began = time.perf_counter()
     fragments = zero_state.owned_fragments(engine, world.rank, world.size)
-    stall = saver.start(number, fragments, shapes, model, {"optimizer_step": number}, began)
+    saver.start(number, fragments, shapes, model, {"optimizer_step": number})
+    stall = time.perf_counter() - began
     beside = steps.take()
     saver.wait()
     world.barrier()

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
+from data_prep.cli import InputError, dump_json, fsync_directory, log, one_line, write_atomically
 from data_prep.dataset import safe_join
 from data_prep.storage import file_sha256
 
@@ -276,29 +276,45 @@ def none_whole(run_dir: Path, committed: list[int]) -> InputError:
     )
 
 
-def tidy(run_dir: Path, newer_than: int, why: str, life: str) -> None:
-    """What a starting run does: rename steps that it can't or shall not go on from, and remove what dead lives left."""
+def set_aside(run_dir: Path, newer_than: int, why: str, life: str) -> None:
+    """Rename the steps that a starting run can't or shall not go on from to `step-N.<why>-<life>`."""
     for step in steps(run_dir):
         if step > newer_than:
             path = step_path(run_dir, step)
             path.rename(path.with_name(f"{path.name}.{why}-{life}"))
-    for leftover in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*{TEMPORARY}*")):
-        shutil.rmtree(leftover)
     if remaining := steps(run_dir):
         _name_latest(step_path(run_dir, remaining[-1]))
 
 
-def retain(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the newest `keep_last` steps and the multiples of `keep_every` (0: none are kept for that).
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what dead lives have begun to write. What can't be removed now is left to the next start."""
+    for leftover in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*{TEMPORARY}*")):
+        _remove(leftover)
 
-    Called after a commit, so a successor exists. A step loses its name first, so that a half-deleted one is never taken for
-    whole. A file system that refuses is no reason to stop training: the next start removes what is left.
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log(f"{path}: can't be removed now: {one_line(error)}")
+
+
+def retain(run_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` steps and the first step at or after each multiple of `keep_every` (0: none).
+
+    Called when the newest step is whole. A step loses its name first, so that a half-deleted one is never taken for whole.
     """
-    for step in steps(run_dir)[:-keep_last]:
-        if keep_every and step % keep_every == 0:
-            continue
-        path = step_path(run_dir, step)
-        try:
-            shutil.rmtree(path.rename(path.with_name(f"{path.name}{TEMPORARY}discarded")))
-        except OSError as error:
-            log(f"{path}: can't be removed now: {error}")
+    committed = steps(run_dir)
+    kept = set(committed[-keep_last:])
+    if keep_every:
+        first = {step // keep_every: step for step in reversed(committed) if step >= keep_every}
+        kept |= set(first.values())
+    for step in committed:
+        if step not in kept:
+            path = step_path(run_dir, step)
+            try:
+                discarded = path.rename(path.with_name(f"{path.name}{TEMPORARY}discarded"))
+            except OSError as error:
+                log(f"{path}: can't be removed now: {one_line(error)}")
+            else:
+                _remove(discarded)

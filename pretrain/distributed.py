@@ -49,10 +49,6 @@ class World:
         # An all-reduce rather than dist.barrier(): NCCL's barrier guesses a device when none is bound to the group.
         self.sum(0.0)
 
-    def share(self, value: int) -> int:
-        """Rank 0's value, on every rank."""
-        return int(self.sum(value if self.is_first else 0)[0])
-
     def gather(self, value: float) -> list[float]:
         """The values of all ranks, by rank; a collective."""
         return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
@@ -70,11 +66,12 @@ class World:
             self.report_failure(failure)
         rank = int(self.max(-1 if failure is None else self.rank))
         kind = Hung if hung else InputError if bad_input else RuntimeError
-        raise failure or kind(self._reported().partition(" ")[2] or f"rank {rank} failed; see its message in the log")
+        raise failure or kind(self.reported_failure().partition(" ")[2] or f"rank {rank} failed; see its message in the log")
 
     def limit_collectives(self, seconds: float) -> None:
         """From now on a collective that takes longer fails. The watchdog comes first; this is for when it can't."""
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's collectives are in groups of its own
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the ranks that will soon miss this one why it leaves."""
@@ -88,18 +85,23 @@ class World:
             return error
         deadline = time.monotonic() + FAILURE_SECONDS
         while time.monotonic() < deadline:
-            if reported := self._reported():
-                status, _, text = reported.partition(" ")
-                return {BAD_INPUT: InputError, HUNG: Hung}.get(int(status), RuntimeError)(text)
+            if reported := self.reported_failure():
+                return failure_of(reported)
             time.sleep(0.2)
         return Hung(f"lost a rank: {one_line(error)}")
 
-    def _reported(self) -> str:
+    def reported_failure(self) -> str:
         """What the last rank that failed has said: status, rank and reason; "" where none did."""
         with suppress(Exception):
             if self.store.check(["failure"]):
                 return self.store.get("failure").decode()
         return ""
+
+
+def failure_of(reported: str) -> Exception:
+    """The failure that another rank has reported, as an exception of its kind."""
+    status, _, text = reported.partition(" ")
+    return {BAD_INPUT: InputError, HUNG: Hung}.get(int(status), RuntimeError)(text)
 
 
 def _is_broken_collective(error: BaseException) -> bool:
@@ -126,7 +128,7 @@ def start(timeout_seconds: float = 1800.0) -> World:
     Args:
         timeout_seconds: for the ranks to come together, and for each collective until `World.limit_collectives`.
 
-    Raises InputError when a node starts more ranks than it has GPUs.
+    Raises InputError when a node starts more ranks than it has GPUs, Hung when the ranks don't come together.
     """
     if "RANK" not in os.environ and _is_srun_task():
         _adopt_srun()
@@ -143,11 +145,14 @@ def start(timeout_seconds: float = 1800.0) -> World:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    store = dist.HashStore() if alone else next(rendezvous("env://", rank, size, timeout=timeout))[0]
-    store.set_timeout(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    joined = dist.PrefixStore("group", store)
-    dist.init_process_group(backend, timeout=timeout, store=joined, rank=rank, world_size=size)
+    try:
+        store = dist.HashStore() if alone else next(rendezvous("env://", rank, size, timeout=timeout))[0]
+        store.set_timeout(timeout)
+        joined = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, timeout=timeout, store=joined, rank=rank, world_size=size)
+    except dist.DistError as error:
+        raise Hung(f"rank {rank}: the {size} ranks did not come together: {one_line(error)}") from error
     return World(rank, size, device, dist.PrefixStore("run", store))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.cli import InputError, log, one_line
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint
-from pretrain.lease import holder
+from pretrain.lease import holder, is_alive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in result["set_aside"]:
         log(f"set aside, never resumed from; remove it when you don't need it: checkpoints/{name}")
     if result["lease"]:
-        log("the lease is held by pid {pid} on {host}, job {job}, life {life}".format(**result["lease"]))
+        lease = result["lease"]
+        alive = {True: "runs here now", False: "was here and is dead", None: "may run here; it can't be looked up from here"}
+        log(f"life {lease.get('life')}, pid {lease.get('pid')} on host {lease.get('host')} {alive[lease['alive']]}")
     return result
 
 
@@ -44,29 +46,31 @@ def inspect(run_dir: Path, verify: bool = True) -> dict[str, Any]:
     directory = run_dir / "checkpoints"
     if not directory.is_dir():
         raise InputError(f"{run_dir}: not a run directory, or one that never saved (no checkpoints/)")
-    committed = checkpoint.steps(run_dir)
+    committed, lease = checkpoint.steps(run_dir), holder(run_dir)
+    rows = [_describe(checkpoint.step_path(run_dir, step), step, verify) for step in committed]
     names = {path.name for path in directory.iterdir() if path.is_dir()}
     return {
         "run_dir": str(run_dir),
-        "steps": [_describe(checkpoint.step_path(run_dir, step), step, verify) for step in committed],
+        "steps": [row for row in rows if row is not None],
         "set_aside": sorted(names - {checkpoint.step_path(run_dir, step).name for step in committed}),
-        "lease": holder(run_dir),
+        "lease": None if lease is None else lease | {"alive": is_alive(lease)},
     }
 
 
-def _describe(path: Path, step: int, verify: bool) -> dict[str, Any]:
-    """Sizes are what lies on the disk; the rest is the manifest's word."""
+def _describe(path: Path, step: int, verify: bool) -> dict[str, Any] | None:
+    """Sizes are what lies on the disk; the rest is the manifest's word. None when the run has removed the step meanwhile."""
     row: dict[str, Any] = {
         "step": step,
         "world_size": None,
         "zero_stage": None,
         "dtype": None,
         "position": None,
-        "bytes": sum(file.stat().st_size for file in path.iterdir()),
+        "bytes": 0,
         "valid": None,
         "problem": None,
     }
     try:
+        row["bytes"] = sum(file.stat().st_size for file in path.iterdir())
         saved = Checkpoint(path)
         row["world_size"] = saved.manifest["world_size"]
         row |= {key: saved.state.get(key) for key in ("zero_stage", "dtype")}
@@ -74,6 +78,8 @@ def _describe(path: Path, step: int, verify: bool) -> dict[str, Any]:
         if verify:
             saved.verify()
             row["valid"] = True
-    except InputError as error:
+    except (InputError, FileNotFoundError) as error:
+        if not path.is_dir():
+            return None
         row |= {"valid": False, "problem": one_line(error)}
     return row

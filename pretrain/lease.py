@@ -160,7 +160,7 @@ def _name(record: dict[str, Any] | None) -> str:
 def _refuse_if_alive(path: Path, content: bytes, dead_after_seconds: float) -> None:
     """Raise InputError when the owner lives; return when it is dead or the file has been changed by somebody else."""
     owner = _parse(content)
-    alive = None if owner is None else _is_alive(owner)
+    alive = None if owner is None else is_alive(owner)
     if owner is not None and alive and owner.get("inode") != path.stat().st_ino:
         return  # a copy of the run directory; its owner runs in the original
     if alive is None:
@@ -170,7 +170,7 @@ def _refuse_if_alive(path: Path, content: bytes, dead_after_seconds: float) -> N
         raise InputError(f"{path.parent}: {_name(owner)} is running here; end it, or use another run_dir")
 
 
-def _is_alive(owner: dict[str, Any]) -> bool | None:
+def is_alive(owner: dict[str, Any]) -> bool | None:
     """Whether the owner's process is on this machine; None when that can't be known from here.
 
     A process number means something only under the same boot of the same machine and in the same namespace; the host's name

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.cli import log, write_atomically
 
-SLOW_RANK = 1.2  # times the median, from where the console names it
+SLOW_RANK = 1.5  # times the median, from where the console names it
 WAIT_SECONDS = 0.1  # of an interval, from where the console tells
 
 

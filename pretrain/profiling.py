@@ -60,8 +60,11 @@ class Profile:
     def close(self) -> None:
         """To be called when training ends: writes what there is of a profile that isn't complete."""
         if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
+            profiler, self._profiler = self._profiler, None
+            try:
+                profiler.stop()
+            except (OSError, RuntimeError) as error:  # a full disk ends the profile, not the run
+                log(f"{self.directory}: the profile can't be written: {error}")
 
     def _write(self, profiler: Any) -> None:
         """Write the trace and the summary."""

@@ -14,49 +14,40 @@ NONE = -1  # what rank 0 shares in place of a step
 WENT_BACK_TO = "went_back_to"  # key of a checkpoint's state
 
 
-def find_checkpoint(run_dir: Path, world: World, life: str, from_step: int | None) -> Checkpoint | None:
-    """The newest step that verifies, or `from_step`; None where no step was ever committed. A collective.
+def find_checkpoint(run_dir: Path, world: World, from_step: int | None) -> Checkpoint | None:
+    """The newest step that verifies, or `from_step`; None where no step was ever committed. A collective; changes nothing.
 
-    Newer steps are renamed (`.damaged-<life>`, or `.left-<life>` after going back) and temporaries of dead lives removed.
-    Raises InputError, on every rank, when there are steps but none is whole, or no `from_step`.
+    Raises InputError, on every rank, when there are steps but none is whole, or `from_step` is missing or damaged.
     """
     committed: list[int] = []
     failure: Exception | None = None
     if world.is_first:
         try:
-            if from_step is not None and _went_back_to(run_dir) == from_step:
-                # A job that is queued again with the same command must not go back a second time.
-                log(
-                    f"the run has gone back to step {from_step} already; move later steps out of checkpoints/ to do it again"
-                )
-                from_step = None
             committed = _candidates(run_dir, from_step)
         except Exception as error:
             failure = error
     candidates = list(committed)
     while True:
         (number,) = world.agree(failure, (candidates.pop() if candidates else NONE) if world.is_first else 0)
-        step = int(number)
-        if step == NONE:
+        if number == NONE:
             break
         found, damaged = None, False
         try:
-            found = Checkpoint(checkpoint.step_path(run_dir, step))
+            found = Checkpoint(checkpoint.step_path(run_dir, int(number)))
             found.verify(world.rank, world.size)
         except DamagedError as error:
-            log(f"skipping a damaged checkpoint: {error}")
+            log(f"damaged checkpoint: {error}")
             damaged = True
         except Exception as error:
             failure = error
         (damages,) = world.agree(failure, damaged)
         if not damages:
-            if world.is_first:
-                checkpoint.tidy(run_dir, step, "damaged" if from_step is None else "left", life)
             return found
-    if world.is_first and committed:
+    if committed:
         failure = checkpoint.none_whole(run_dir, committed)
-    if world.is_first and failure is None:
-        checkpoint.tidy(run_dir, NONE, "damaged", life)
+        if from_step is not None:
+            others = ", ".join(str(step) for step in checkpoint.steps(run_dir) if step != from_step) or "none"
+            failure = InputError(f"{run_dir}: step {from_step} is damaged; nothing was changed. Other steps: {others}")
     world.agree(failure)
     return None
 
@@ -72,7 +63,7 @@ def _candidates(run_dir: Path, from_step: int | None) -> list[int]:
     return [from_step]
 
 
-def _went_back_to(run_dir: Path) -> int | None:
+def went_back_to(run_dir: Path) -> int | None:
     """The step that the run last went back to, as its newest step that can be opened tells."""
     for step in reversed(checkpoint.steps(run_dir)):
         try:

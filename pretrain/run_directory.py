@@ -12,6 +12,7 @@ from data_prep.dataset import Dataset
 from data_prep.storage import redacted
 from pretrain import checkpoint
 from pretrain.config import Config, parse_config, read_yaml, refuse_changes
+from pretrain.lease import holder
 
 
 def check(config: Config, run_dir: Path, dataset: Dataset, going_back: bool = False) -> None:
@@ -47,3 +48,23 @@ def write_exit(run_dir: Path, error: BaseException | None) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_atomically(run_dir / "exit.json", dump_json(record))
+
+
+def write_exit_instead(run_dir: Path, life: str, rank: int, error: BaseException) -> None:
+    """`write_exit` by a rank that outlives rank 0, some seconds later, where no exit.json has come.
+
+    The first ranks come first, so that thousands don't write at once.
+    """
+    deadline = time.monotonic() + 5 + min(rank, 10)
+    while time.monotonic() < deadline:
+        if (run_dir / "exit.json").exists():  # the start of the run has removed that of an older life
+            return
+        time.sleep(0.5)
+    if is_ours(run_dir, life):
+        write_exit(run_dir, error)
+
+
+def is_ours(run_dir: Path, life: str) -> bool:
+    """Whether no other life has taken the directory over."""
+    held = holder(run_dir)
+    return held is None or held.get("life") == life

@@ -56,8 +56,8 @@ class Saver:
         needed, free = len(checkpoint.KINDS) * 4 * numel + MARGIN_BYTES, shutil.disk_usage(directory).free
         if free < needed:
             raise InputError(
-                f"{self._run_dir}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, or "
-                "lower checkpoint.keep_last, then run it again"
+                f"{self._run_dir}: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, "
+                "then run it again"
             )
 
     def start(
@@ -67,19 +67,24 @@ class Saver:
         shapes: dict[str, tuple[int, ...]],
         model: dict[str, Any],
         state: dict[str, Any],
-        began: float,
-    ) -> float:
+    ) -> None:
         """Copy the fragments that this rank owns and return; they are written in the background.
 
         The save before must have ended on every rank (`wait`). `shapes`, `model` and `state` are those of
-        `checkpoint.commit`. Returns the seconds for which training has stood still since `began` (of `time.perf_counter`).
+        `checkpoint.commit`. A copy that fails is a `failure` like any other: ranks come to the next collective alike.
         """
-        copies = self._copy(fragments)
-        stalled = time.perf_counter() - began
-        arguments = (step, copies, shapes, model, state, stalled)
+        try:
+            arguments = (step, self._copy(fragments), shapes, model, state)
+        except Exception as error:  # no host memory
+            self.failure = error
+            return
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint writer", daemon=True)
         self._thread.start()
-        return stalled
+
+    def join(self, seconds: float) -> None:
+        """Give the save under way so long to end."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def wait(self) -> None:
         """Return when this rank's part of the save under way is done: on rank 0, when it is committed. Raises `failure`."""
@@ -112,7 +117,6 @@ class Saver:
         shapes: dict[str, tuple[int, ...]],
         model: dict[str, Any],
         state: dict[str, Any],
-        stalled: float,
     ) -> None:
         world, started = self._world, time.perf_counter()
         directory = checkpoint.temporary_path(self._run_dir, step, self._life)
@@ -128,10 +132,7 @@ class Saver:
                     self._lease.check()
                 path = checkpoint.commit(directory, listings, shapes, model, state)
                 size, seconds = sum(entry["bytes"] for entry in listings), time.perf_counter() - started
-                log(
-                    f"saved {path}: {size / 1e6:,.0f} MB in {seconds:.2f} s beside training, "
-                    f"which stood still for {stalled * 1e3:.0f} ms"
-                )
+                log(f"saved {path}: {size / 1e6:,.0f} MB in {seconds:.2f} s beside training")
                 checkpoint.retain(self._run_dir, self._config.keep_last, self._config.keep_every)
         except Exception as error:
             self.failure = error

@@ -32,7 +32,6 @@ class StepTimer:
     def _clear(self) -> None:
         self._steps: list[tuple[Any, Any]] = []
         self._passes: list[tuple[Any, Any]] = []
-        self._busy = 0.0
 
     def start_step(self) -> None:
         self._started = self._now()
@@ -47,17 +46,13 @@ class StepTimer:
         yield
         self._passes.append((started, self._now()))
 
-    def add_busy(self, seconds: float) -> None:
-        """Count seconds that this rank kept the others waiting for, beside its forward passes."""
-        self._busy += seconds
-
     def summary(self) -> dict[str, float]:
         """Seconds of the steps that ended since the last summary (at least one has), and of this rank's own work in them.
 
         Keys: `step_seconds_p50`, `step_seconds_p90` (interpolated), `step_seconds_max`, and `busy_seconds`, a sum.
         """
         steps = [self._seconds(*span) for span in self._steps]
-        busy = self._busy + sum(self._seconds(*span) for span in self._passes)
+        busy = sum(self._seconds(*span) for span in self._passes)
         self._clear()
         p50, p90, longest = np.percentile(steps, (50, 90, 100)).tolist()
         return {"step_seconds_p50": p50, "step_seconds_p90": p90, "step_seconds_max": longest, "busy_seconds": busy}

@@ -12,32 +12,31 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from data_prep.cli import InputError, StopRequested, dump_json, log
+from data_prep.cli import Hung, InputError, StopRequested, dump_json, log, one_line
 from data_prep.dataset import Dataset
 from pretrain import checkpoint, run_directory, zero_state, zero_step
 from pretrain.bad_steps import BadSteps, BadStepsFile, described
-from pretrain.blocks import BlockPool
 from pretrain.config import Config
 from pretrain.distributed import StopSignal, World, environment_rank, start
 from pretrain.engine import build_engine, learning_rate, set_learning_rate
 from pretrain.interval import Interval
-from pretrain.lease import Lease, LeaseLost
+from pretrain.lease import Lease
 from pretrain.loader import Loader, MaskedBatch, open_dataset
 from pretrain.metrics import Metrics
 from pretrain.prefetch import Prefetch
 from pretrain.profiling import Profile
-from pretrain.resume import WENT_BACK_TO, find_checkpoint
+from pretrain.resume import NONE, WENT_BACK_TO, find_checkpoint, went_back_to
 from pretrain.saver import Saver
+from pretrain.validation import Validation
 from pretrain.watchdog import Watchdog
 
-Item = TypeVar("Item")
+LOST_SECONDS = 30.0  # for a save under way to end when a rank may be gone
 COLLECTIVE_MARGIN_SECONDS = 120.0  # by which the watchdog comes before the time-out of collectives
 
 
@@ -52,12 +51,11 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
         from_step: go back to this checkpoint; the steps after it are set aside.
         profile_steps: steps of this life that torch's profiler records, after some to warm up.
     """
-    stop, run_dir, world, lease = StopSignal(), Path(config.run_dir), None, None
-    refused: Exception | None = None
-    failure: BaseException | None = None
-    life = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    stop, run_dir, life = StopSignal(), Path(config.run_dir), ""
+    world, lease, run, refused, failure = None, None, None, None, None
     try:
         if environment_rank() == 0:
+            life = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
             try:
                 lease = Lease.take(run_dir, life)
                 (run_dir / "exit.json").unlink(missing_ok=True)
@@ -65,53 +63,64 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
                 refused = error  # the others hear of it when they have come together
         # What is wrong with the input is found by every rank alone, before it waits for the others.
         config, dataset = open_dataset(config)
+        if from_step is not None and went_back_to(run_dir) == from_step:
+            # A job that is queued again with the same command must not go back a second time.
+            log(f"the run has gone back to step {from_step} already; move later steps out of checkpoints/ to do it again")
+            from_step = None
         run_directory.check(config, run_dir, dataset, from_step is not None)
         world = start(config.watchdog.start_seconds)
-        return _Run(config, dataset, run_dir, world, life, lease, refused, stop, from_step).run(profile_steps)
+        if world.is_first:
+            world.store.set("life", life)
+        life = world.store.get("life").decode()
+        run = _Run(config, run_dir, world, life, stop, lease)
+        world.agree(refused)
+        run.begin(dataset, from_step)
+        return run.run(profile_steps)
     except BaseException as error:
         failure = error if world is None or isinstance(error, StopRequested) else world.explain(error)
         if failure is error:
             raise
         raise failure from error
     finally:
-        if lease is not None:
-            try:
+        if run is not None:
+            run.close(failure)
+        try:
+            if lease is not None:
                 lease.check()
                 run_directory.write_exit(run_dir, failure)
-            except LeaseLost as error:
-                log(str(error))
-            lease.release()
+            elif world is not None and isinstance(failure, Hung):
+                run_directory.write_exit_instead(run_dir, life, world.rank, failure)
+        except (OSError, RuntimeError) as error:  # a full disk, a lost lease: no reason to hide why the run ended
+            log(f"exit.json is not written: {one_line(error)}")
+        finally:
+            if lease is not None:
+                lease.release()
         if world is not None and (failure is None or isinstance(failure, StopRequested)):
             dist.destroy_process_group()
 
 
 class _Run:
-    """One life of a run, on one rank."""
+    """One life of a run, on one rank: `begin`, `run`, and in any case `close`."""
 
     def __init__(
-        self,
-        config: Config,
-        dataset: Dataset,
-        run_dir: Path,
-        world: World,
-        life: str,
-        lease: Lease | None,
-        refused: Exception | None,
-        stop: StopSignal,
-        from_step: int | None,
+        self, config: Config, run_dir: Path, world: World, life: str, stop: StopSignal, lease: Lease | None
     ) -> None:
-        self.config, self.run_dir, self.world, self.stop = config, run_dir, world, stop
-        if world.is_first:
-            world.store.set("life", life)
-        self.life = world.store.get("life").decode()
-        self.watchdog = Watchdog(run_dir, world.rank, world.size, self.life, world.store)
+        self.config, self.run_dir, self.world, self.life, self.stop = config, run_dir, world, life, stop
+        self.watchdog = Watchdog(run_dir, world.rank, world.size, life, world.store, world.reported_failure)
         self.watchdog.enter("starting", config.watchdog.start_seconds)
-        world.agree(refused)
+        self.saver = Saver(run_dir, config.checkpoint, world, life, lease)
+
+    def begin(self, dataset: Dataset, from_step: int | None) -> None:
+        """Build everything and go to where the run goes on; a collective.
+
+        Nothing of the run is changed before nothing can refuse it any more.
+        """
+        config, run_dir, world = self.config, self.run_dir, self.world
         self.loader = Loader(config, dataset, world.rank, world.size, pin=world.device.type == "cuda")
-        found = find_checkpoint(run_dir, world, self.life, from_step)
+        found = find_checkpoint(run_dir, world, from_step)
         self.engine = build_engine(config, world)
+        world.limit_collectives(config.watchdog.start_seconds + COLLECTIVE_MARGIN_SECONDS)  # of DeepSpeed's groups too
         self.shapes = zero_state.shapes(self.engine)
-        self.saver = Saver(run_dir, config.checkpoint, world, self.life, lease)
         self.step, self.saved_step = 0, None if found is None else found.step
         self.position = 0  # in the order of training, where the next global batch begins
         self.optimizer_step = 0  # of Adam: bad steps don't count
@@ -119,25 +128,46 @@ class _Run:
         self.origin: dict[str, Any] = {} if from_step is None else {WENT_BACK_TO: from_step}
         self.bad_steps = BadSteps(config.bad_steps)
         if found is None:
-            zero_state.load(
-                self.engine, zero_state.InitialState(self.shapes, config.train.seed, config.model.initializer_range)
-            )
+            seed, std = config.train.seed, config.model.initializer_range
+            zero_state.load(self.engine, zero_state.InitialState(self.shapes, seed, std))
         else:
             self._restore(found)
-        self.metrics = self.bad_steps_file = None
+        stop_at = config.train.stop_at_step
+        self.last = config.train.max_steps if stop_at is None else min(stop_at, config.train.max_steps)
+        self.metrics: Metrics | None = None
+        self.bad_steps_file: BadStepsFile | None = None
         failure: Exception | None = None
-        if world.is_first:  # only now: nothing is written for a run that can't start
+        if world.is_first:
             try:
-                self.saver.check_space(self._numel())
-                run_directory.describe(config, run_dir, dataset)
-                self.metrics = Metrics(run_dir, self.step, config.train.max_steps)
-                self.bad_steps_file = BadStepsFile(run_dir, self.step)
+                self._prepare_directory(dataset, going_back=from_step is not None)
             except Exception as error:
                 failure = error
         world.agree(failure)
         self.loss: float | None = None
-        self._validation: list[tuple[str, MaskedBatch]] | None = None
+        self.validation = Validation(config, world, self.loader, self.engine, self.watchdog)
         self.interval = Interval(config, world)
+
+    def _prepare_directory(self, dataset: Dataset, going_back: bool) -> None:
+        """Rank 0's part: make room, see whether there is enough, and write what a life writes when it begins."""
+        checkpoint.remove_leftovers(self.run_dir)
+        newest = NONE if self.saved_step is None else self.saved_step
+        if not going_back:
+            checkpoint.set_aside(self.run_dir, newest, "damaged", self.life)
+            checkpoint.retain(self.run_dir, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        if self.step < self.last:
+            self.saver.check_space(self._numel())
+        if going_back:
+            checkpoint.set_aside(self.run_dir, newest, "left", self.life)
+        run_directory.describe(self.config, self.run_dir, dataset)
+        self.metrics = Metrics(self.run_dir, self.step, self.config.train.max_steps)
+        self.bad_steps_file = BadStepsFile(self.run_dir, self.step)
+
+    def close(self, failure: BaseException | None) -> None:
+        """Let a save under way end, and stop watching; a rank that was lost won't let it end."""
+        limit = LOST_SECONDS if isinstance(failure, Hung) else self.config.watchdog.save_seconds
+        self.watchdog.leave(limit + COLLECTIVE_MARGIN_SECONDS)
+        self.saver.join(limit)
+        self.watchdog.close()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if "loader" in saved.state:  # an imported model has none
@@ -153,27 +183,28 @@ class _Run:
             log(f"resumed from {saved.path} (saved by {saved.manifest['world_size']} ranks, here {self.world.size})")
 
     def run(self, profile_steps: int = 0) -> dict[str, Any]:
-        train = self.config.train
-        last = train.max_steps if train.stop_at_step is None else min(train.stop_at_step, train.max_steps)
-        if self.step < last:
-            self.batches = self._prefetch(self.loader.steps(self.position), self.loader.train_pool, self._told_to_stop)
+        if self.step < self.last:
+            data, items = self.config.data, self.loader.steps(self.position)
+            self.batches = Prefetch(
+                items, data.prefetch_steps, data.stall_seconds, self.loader.train_pool.in_flight, self._told_to_stop
+            )
             self.profile = Profile(self.run_dir, self.world.rank, self.step + 1, profile_steps) if profile_steps else None
             self.interval.restart()
             try:
-                self._train_until(last)
+                self._train()
                 self._wait_for_save()
             finally:
                 self.batches.close()
                 if self.profile:
                     self.profile.close()
-        self.watchdog.close()
         if self.metrics:
             self.metrics.close()
-        return {"run_dir": str(self.run_dir), "step": self.step, "loss": self.loss, "ranks": self.world.size}
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None  # JSON has no NaN
+        return {"run_dir": str(self.run_dir), "step": self.step, "loss": loss, "ranks": self.world.size}
 
-    def _train_until(self, last: int) -> None:
+    def _train(self) -> None:
         train, validation, limits = self.config.train, self.config.validation, self.config.watchdog
-        first, save_due = self.step, False
+        first, last, save_due = self.step, self.last, False
         while self.step < last:
             if self.step > first:  # the first step of a life may compile
                 self.watchdog.enter(f"step {self.step + 1}", limits.step_seconds)
@@ -188,6 +219,7 @@ class _Run:
             if self.profile:
                 self.profile.step_done(self.step)
             if self.bad_steps.in_a_row >= self.config.bad_steps.stop_after:
+                self._wait_for_save()  # it may be the step to go back to
                 raise RuntimeError(
                     f"step {self.step}: {self.bad_steps.in_a_row} bad steps in a row (RUN_DIR/bad_steps.jsonl); go back "
                     f"with --from-step {self._step_before_bad_ones()} and a lower optimizer.learning_rate, or other data"
@@ -289,51 +321,11 @@ class _Run:
         """Write down the step just taken; a collective."""
         record = record | self.interval.record(self.batches.waited)
         if validate:
-            record |= self._validate()
+            record |= self.validation.run(self.step)
         if self.metrics:
             self.metrics.write({"step": self.step, **record})
         self.interval.restart()
         self.batches.waited = 0.0
-
-    @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Loss (nats a masked token) and accuracy over the validation sequences, without dropout; and by category."""
-        batches = self._validation_batches()
-        categories = sorted({category for category, _ in batches})
-        sums = {category: torch.zeros(3, dtype=torch.float64, device=self.world.device) for category in categories}
-        self.engine.eval()
-        for category, batch in batches:
-            self.watchdog.enter(f"validation after step {self.step}", self.config.watchdog.step_seconds)
-            on_device = batch.to(self.world.device)
-            loss, correct = self.engine(on_device.packed, on_device.index_m, on_device.labels_m)
-            sums[category] += torch.stack([loss.double(), correct.double(), loss.new_tensor(len(batch.labels_m)).double()])
-        self.engine.train()
-        flat = self.world.sum(*(number for category in categories for number in sums[category].tolist()))
-        rows = {category: flat[3 * i : 3 * i + 3] for i, category in enumerate(categories)}
-        loss_sum, correct_sum, count = (sum(column) for column in zip(*rows.values(), strict=True)) if rows else (0, 0, 0)
-        if count == 0:  # an empty validation split has no loss, not one of 0
-            return {}
-        by_category = {f"validation_loss/{c}": row[0] / row[2] for c, row in rows.items() if c and row[2]}
-        return {"validation_loss": loss_sum / count, "validation_masked_accuracy": correct_sum / count, **by_category}
-
-    def _validation_batches(self) -> list[tuple[str, MaskedBatch]]:
-        """This rank's validation batches, always the same, so read once. A rank that can't read them fails all alike."""
-        if self._validation is None:
-            failure: Exception | None = None
-            batches = self._prefetch(self.loader.validation(), self.loader.valid_pool)
-            try:
-                self._validation = list(batches)
-            except Exception as error:
-                failure = error
-            batches.close()
-            (skipped,) = self.world.agree(failure, sum(batch.skipped for _, batch in self._validation or []))
-            if skipped and self.world.is_first:
-                log(f"{skipped:.0f} validation sequences are in damaged blocks and left out")
-        return self._validation or []
-
-    def _prefetch(self, items: Iterator[Item], pool: BlockPool, stop: Callable[[], bool] = lambda: False) -> Prefetch[Item]:
-        data = self.config.data
-        return Prefetch(items, data.prefetch_steps, data.stall_seconds, pool.in_flight, stop)
 
     def _told_to_stop(self) -> bool:
         return self.stop.received is not None
@@ -365,8 +357,11 @@ class _Run:
                 failure = error
         self.world.agree(failure)
         fragments = zero_state.owned_fragments(self.engine, self.world.rank, self.world.size)
-        model, state = self.config.model.model_dump(), self._state()
-        self.interval.checkpoint_stall_seconds += self.saver.start(self.step, fragments, self.shapes, model, state, began)
+        self.saver.start(self.step, fragments, self.shapes, self.config.model.model_dump(), self._state())
+        stall = self.world.max(time.perf_counter() - began)
+        self.interval.checkpoint_stall_seconds += stall
+        if self.world.is_first:
+            log(f"saving step {self.step}: training stood still for {stall * 1e3:.0f} ms")
         self.saved_step = self.step
         self.world.limit_collectives(self.config.watchdog.step_seconds + COLLECTIVE_MARGIN_SECONDS)
 

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from data_prep.cli import HUNG, Hung, log, one_line
+from data_prep.cli import HUNG, Hung, exit_status, log, one_line
 from pretrain import run_directory
+from pretrain.distributed import failure_of
 
 Result = TypeVar("Result")
 TICK_SECONDS = 1.0  # a limit is noticed at most so late
@@ -30,6 +31,7 @@ OUTPUT_SECONDS = 5.0  # for a file or a line
 FIRST_RANK_SECONDS = ASK_SECONDS + 5.0  # in which rank 0, which knows more, should have written exit.json
 TURNS = 15  # after that the others, a second one after the other, as far as it goes
 BACKSTOP_SECONDS = 60.0  # more than all of these together
+FOLLOW_SECONDS = 60.0  # after another rank has failed
 NAMED = 3  # ranks in a message
 
 
@@ -54,10 +56,21 @@ class Watchdog:
         life: id of this process life of the run, equal on all ranks.
         store: of torch.distributed, with `multi_get`, shared by all ranks, to name the ranks that hang; None when alone. For
             that, all ranks must enter the same phases in the same order.
+        reported_failure: what a rank that failed has told the others (`World.reported_failure`). Where the collective that
+            this rank waits in does not break by itself, as NCCL's, it ends a minute later with that rank's status.
     """
 
-    def __init__(self, run_dir: Path, rank: int, ranks: int, life: str, store: Any | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        ranks: int,
+        life: str,
+        store: Any | None = None,
+        reported_failure: Callable[[], str] = lambda: "",
+    ) -> None:
         self._run_dir, self._rank, self._ranks, self._life, self._store = run_dir, rank, ranks, life, store
+        self._reported_failure, self._follows = reported_failure, True
         self._host = socket.gethostname()
         self._lock, self._closed, self._firing = threading.Lock(), threading.Event(), False
         self._counter, self._phase, self._limit, self._entered = 0, "the start", float("inf"), time.monotonic()
@@ -72,6 +85,11 @@ class Watchdog:
         # No Python thread runs while one holds the interpreter lock inside C code. This one is C itself; it can do no more
         # than dump the stacks to stderr and end the process with status 1, without exit.json.
         faulthandler.dump_traceback_later(seconds + BACKSTOP_SECONDS, exit=True, file=2)
+
+    def leave(self, seconds: float) -> None:
+        """The last phase: this rank ends by itself within so long."""
+        self._follows = False
+        self.enter("leaving", seconds)
 
     def close(self) -> None:
         """Stop watching; no limit passes after that."""
@@ -91,7 +109,7 @@ class Watchdog:
 
     def _publish(self) -> None:
         assert self._store is not None
-        published = 0
+        published, failed = 0, float("inf")
         while True:
             published += 1
             with self._lock:
@@ -100,8 +118,25 @@ class Watchdog:
                 self._store.set(self._key(self._rank), json.dumps(entry))
             except RuntimeError:  # the process that has the store is gone
                 return
+            if failed == float("inf") and self._reported_failure():
+                failed = time.monotonic()
+            if time.monotonic() - failed > FOLLOW_SECONDS and self._follows:
+                self._follow(self._reported_failure())
             if self._closed.wait(PUBLISH_SECONDS):
                 return
+
+    def _follow(self, reported: str) -> NoReturn:
+        failure = failure_of(reported)
+        try:
+            _within(OUTPUT_SECONDS, lambda: log(f"rank {self._rank} ends in {self._phase}, because of {failure}"))
+            if self._rank == 0:
+                _within(OUTPUT_SECONDS, lambda: self._write_exit(failure))
+        finally:
+            os._exit(exit_status(failure))
+
+    def _write_exit(self, failure: Exception) -> None:
+        if run_directory.is_ours(self._run_dir, self._life):
+            run_directory.write_exit(self._run_dir, failure)
 
     def _fire(self) -> NoReturn:
         try:
@@ -128,7 +163,7 @@ class Watchdog:
             if _within(FIRST_RANK_SECONDS + min(self._rank, TURNS), self._exit_is_written):
                 return
             reason += "; rank 0 has not written why, so it hangs too or is gone"
-        _within(OUTPUT_SECONDS, lambda: run_directory.write_exit(self._run_dir, Hung(reason)))
+        _within(OUTPUT_SECONDS, lambda: self._write_exit(Hung(reason)))
 
     def _dump(self, path: Path, phase: str, limit: float) -> bool:
         now, since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic() - self._entered

@@ -97,7 +97,7 @@ def load(engine: Any, source: Checkpoint | InitialState) -> None:
     A source without moments (an imported checkpoint, a fresh start) leaves them at zero. Raises InputError when a parameter
     is missing.
     """
-    step = source.state.get("optimizer_step", 0)
+    has_moments, step = source.has_optimizer_state, source.state.get("optimizer_step", 0)  # asked once: it is a long list
     for part in _parts(engine):
         part.of(part.flat).copy_(source.read(part.name, "weight", part.start, part.numel))
         state = _adam_state(engine, part.flat)
@@ -105,7 +105,7 @@ def load(engine: Any, source: Checkpoint | InitialState) -> None:
             step
         )  # stage 3 takes a step with zero gradients when it starts, which would count as Adam's first
         for kind in ("exp_avg", "exp_avg_sq"):
-            if source.has_optimizer_state:
+            if has_moments:
                 part.of(state[kind]).copy_(source.read(part.name, kind, part.start, part.numel))
             else:
                 part.of(state[kind]).zero_()

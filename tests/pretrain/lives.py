@@ -10,4 +10,6 @@ from pretrain.train import _Run
 
 def begin(name: str, overrides: list[str]) -> _Run:
     config, dataset = open_dataset(load_config(name, overrides))
-    return _Run(config, dataset, Path(config.run_dir), start(), "test", None, None, StopSignal(), None)
+    run = _Run(config, Path(config.run_dir), start(), "test", StopSignal(), None)
+    run.begin(dataset, None)
+    return run

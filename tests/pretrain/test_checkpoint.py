@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_a_starting_run_renames_what_it_does_not_use_and_removes_what_was_left(t
         save(tmp_path, step)
     leftover = checkpoint.temporary_path(tmp_path, 3, "dead")
     leftover.mkdir()
-    checkpoint.tidy(tmp_path, 1, "damaged", "life")
+    checkpoint.remove_leftovers(tmp_path)
+    checkpoint.set_aside(tmp_path, 1, "damaged", "life")
     assert (tmp_path / "checkpoints" / "step-000000002.damaged-life").is_dir()
     assert not leftover.exists() and checkpoint.steps(tmp_path) == [1]
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-000000001\n"
@@ -140,9 +142,13 @@ def test_retention_keeps_the_newest_and_every_nth_for_good(tmp_path: Path) -> No
         save(tmp_path, step)
     checkpoint.retain(tmp_path, keep_last=2, keep_every=3)
     assert checkpoint.steps(tmp_path) == [3, 6, 7]
+    save(tmp_path, 8)
+    shutil.rmtree(checkpoint.step_path(tmp_path, 6))  # as if a bad step had put its save off to the next one
+    checkpoint.retain(tmp_path, keep_last=1, keep_every=3)
+    assert checkpoint.steps(tmp_path) == [3, 7, 8]
     checkpoint.retain(tmp_path, keep_last=1, keep_every=0)
-    assert checkpoint.steps(tmp_path) == [7]
-    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-000000007\n"
+    assert checkpoint.steps(tmp_path) == [8]
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-000000008\n"
 
 
 def test_any_safetensors_reader_opens_the_files(tmp_path: Path) -> None:

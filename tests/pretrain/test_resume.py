@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pretrain import checkpoint
-from tests.commands import losses, metrics, pretrain, python, result
+from tests.commands import ENVIRONMENT, ROOT, exit_status, losses, metrics, pretrain, python, result
 
 WORKERS = Path(__file__).parent
 
@@ -20,6 +23,15 @@ def finished(tiny_config: list[str], tmp_path_factory: pytest.TempPathFactory) -
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     pretrain("train", *tiny_config, *SAVED_OFTEN, f"run_dir={run_dir}")
     return run_dir
+
+
+def damage(run_dir: Path, step: int) -> Path:
+    """Flip a bit of a step's file."""
+    file = next(checkpoint.step_path(run_dir, step).glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return file
 
 
 SAVED_OFTEN = ["checkpoint.save_every=2", "checkpoint.keep_last=9"]
@@ -44,8 +56,26 @@ def test_going_back_sets_later_steps_aside_once_and_may_change_the_optimizer(
 
     unknown = pretrain(*command[:-3], "--from-step", "5", status=2)
     assert "no checkpoint of step 5 to go back to; there are: 2, 4, 6, 8" in unknown.stderr
-    refused = pretrain(*command[:-3], "optimizer.learning_rate=1e-3", status=2)
-    assert "optimizer.learning_rate is 0.001, was 0.0001" in refused.stderr
+    for back_again in ([], ["--from-step", "4"]):  # the second does not go back, so nothing may change either
+        refused = pretrain(*command[:-3], *back_again, "optimizer.learning_rate=1e-3", status=2)
+        assert "optimizer.learning_rate is 0.001, was 0.0001" in refused.stderr
+
+
+def test_a_run_that_can_not_go_back_is_left_as_it_is(
+    tiny_config: list[str], tiny_dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    run_dir, other = tmp_path / "run", tmp_path / "dataset"
+    shutil.copytree(finished, run_dir)
+    shutil.copytree(tiny_dataset, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"seed": 99}))
+    command = ["train", *tiny_config, *SAVED_OFTEN, f"run_dir={run_dir}", "--from-step", "4"]
+    assert "manifest_sha256" in pretrain(*command, f"data.path={other}", status=2).stderr
+    damage(run_dir, 4)
+    damaged = pretrain(*command, status=2)
+    assert "step 4 is damaged; nothing was changed. Other steps: 2, 6, 8" in damaged.stderr
+    assert checkpoint.steps(run_dir) == [2, 4, 6, 8]
+    assert (run_dir / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
 def test_a_copied_run_directory_goes_on_where_it_lies(tiny_config: list[str], finished: Path, tmp_path: Path) -> None:
@@ -59,10 +89,7 @@ def test_a_copied_run_directory_goes_on_where_it_lies(tiny_config: list[str], fi
 def test_inspect_tells_whole_steps_from_damaged_ones(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
-    file = next(checkpoint.step_path(run_dir, 6).glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    file = damage(run_dir, 6)
     (run_dir / "checkpoints" / "step-000000009.tmp-dead").mkdir()
     found = result(pretrain("inspect", run_dir, "--json"))
     assert [(row["step"], row["valid"]) for row in found["steps"]] == [(2, True), (4, True), (6, False), (8, True)]
@@ -98,10 +125,30 @@ def test_adams_step_count_of_an_imported_model_is_carried_on(tiny_config: list[s
 
 
 def test_ranks_that_miss_another_say_why_it_left(tiny_config: list[str], tmp_path: Path) -> None:
-    done = python(WORKERS / "failing_worker.py", "train", *tiny_config, f"run_dir={tmp_path}", ranks=2)
+    done = python(WORKERS / "failing_worker.py", "at once", "train", *tiny_config, f"run_dir={tmp_path}", ranks=2)
     assert done.returncode == 1 and "MemoryError: no room for activations" in done.stderr
     left = json.loads((tmp_path / "exit.json").read_text())
     assert left["status"] == 1 and left["reason"] == "rank 1: no room for activations"
+
+
+def test_ranks_that_never_come_together_end_with_70(tiny_config: list[str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "pretrain", "train", *tiny_config, f"run_dir={tmp_path}", "watchdog.start_seconds=5"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | alone, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 70 and exit_status(tmp_path) == 70, done.stderr
+    assert "the 2 ranks did not come together" in done.stderr
+
+
+def test_a_save_under_way_is_finished_when_training_fails(tiny_config: list[str], tmp_path: Path) -> None:
+    """Rank 1 fails in step 3, while the step saved before it is still being written, slowly."""
+    settings = ["checkpoint.save_every=2", "checkpoint.keep_last=9", f"run_dir={tmp_path}"]
+    done = python(WORKERS / "failing_worker.py", "slow", "train", *tiny_config, *settings, ranks=2)
+    assert done.returncode == 1
+    left = json.loads((tmp_path / "exit.json").read_text())
+    assert checkpoint.steps(tmp_path) == [2] and left["checkpoint_step"] == 2 and left["status"] == 2
 
 
 def test_a_save_is_compared_with_deepspeeds(tmp_path: Path) -> None:

@@ -54,26 +54,6 @@ def test_a_run_learns_validates_and_leaves_its_record(uninterrupted: Path) -> No
     assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["train"]["max_steps"] == 8
 
 
-@pytest.mark.drill
-@pytest.mark.parametrize(("where", "rank", "step", "resumed"), [("step", 1, 5, 3), ("files", 1, 6, 3), ("commit", 0, 6, 3)])
-def test_a_kill_changes_no_later_loss_by_one_bit(
-    tiny_config: list[str], uninterrupted: Path, tmp_path: Path, where: str, rank: int, step: int, resumed: int
-) -> None:
-    run_dir = tmp_path / "run"
-    arguments = ["train", *tiny_config, f"run_dir={run_dir}"]
-    killed = python(WORKERS / "dying_worker.py", where, str(rank), str(step), *arguments, ranks=2)
-    assert killed.returncode == 1 and "SIGKILL" in killed.stderr, killed.stderr
-    assert checkpoint.steps(run_dir) == [resumed]
-    again = pretrain(*arguments, ranks=2)
-    assert f"resumed from {checkpoint.step_path(run_dir, resumed)}" in again.stderr
-    for key in ("step", "loss", "grad_norm", "masked_accuracy"):
-        assert [r[key] for r in metrics(run_dir)] == [r[key] for r in metrics(uninterrupted)]
-    assert [r.get("validation_loss") for r in metrics(run_dir)] == [r.get("validation_loss") for r in metrics(uninterrupted)]
-    one, other = state_of(run_dir, 8), state_of(uninterrupted, 8)
-    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
-    assert not list((run_dir / "checkpoints").glob("*.tmp-*"))
-
-
 def test_other_ranks_and_stages_go_on_with_the_same_batches(
     tiny_config: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -161,6 +161,32 @@ def test_another_rank_speaks_where_the_first_is_stopped_and_its_store_with_it(tm
     assert "rank 0 has not written why" in left(tmp_path)["reason"]
 
 
+FOLLOWER = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from pretrain import watchdog
+watchdog.FOLLOW_SECONDS, watchdog.PUBLISH_SECONDS = 1.0, 0.2
+dog = watchdog.Watchdog(Path(sys.argv[1]), 0, 2, "life", dist.HashStore(), lambda: "2 rank 1: no such block")
+dog.enter("step 3", 600)
+if sys.argv[2] == "leaves":
+    dog.leave(600)
+    time.sleep(4)
+    sys.exit(0)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("action", "status"), [("waits", 2), ("leaves", 0)])
+def test_a_rank_follows_one_that_failed_unless_it_is_leaving_already(tmp_path: Path, action: str, status: int) -> None:
+    command = [sys.executable, "-c", FOLLOWER, str(tmp_path), action]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert left(tmp_path)["status"] == 2 and left(tmp_path)["reason"] == "rank 1: no such block"
+        assert "rank 0 ends in step 3, because of rank 1: no such block" in done.stderr
+
+
 def entry(counter: int, published: int, firing: bool = False) -> Entry:
     return Entry(counter, f"step {counter}", "node7", firing, published)
 
