@@ -1,11 +1,12 @@
 # `make test` and `make demo` need Python >= 3.10 (with venv), a C++ compiler and make; they set up .venv themselves.
 #   make test [ARGS="-m 'not slurm'"]     linters, type checker, tests
+#   make drills                           50 runs broken on purpose; docs/drills.md (20 minutes)
 #   make demo [GENOMES=DIR] [GUE=DIR]     the whole path, on embedded data or on yours
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 .DELETE_ON_ERROR:
-.PHONY: test lint demo clean
+.PHONY: test lint drills demo clean
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -14,6 +15,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+drills: $(READY)
+	$(BIN)/python -m tests.drills --count 50 --out docs/drills.md
 
 # The shell reads the two paths from its environment, so that spaces in them survive.
 demo: export GENOMES := $(GENOMES)
