@@ -115,7 +115,7 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     save_every: int = Field(1000, ge=1)  # steps; the last step is always saved
     keep_last: int = Field(3, ge=1)
-    keep_every: int = Field(0, ge=0)  # steps that are multiples of it are kept for good; 0: none
+    keep_every: int = Field(0, ge=0)  # the first step at or after each multiple of it is kept for good; 0: none
 
 
 class WatchdogConfig(Section):

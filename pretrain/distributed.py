@@ -20,6 +20,10 @@ from data_prep.cli import BAD_INPUT, HUNG, Hung, InputError, exit_status, one_li
 FAILURE_SECONDS = 5.0  # how long a rank whose collective broke waits for the one that left to have said why
 
 
+class RankLost(Hung):
+    """A collective broke, and the rank that is missing has not said why."""
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a run. `store` holds small values that all of them see, without taking part at the same time."""
@@ -74,9 +78,11 @@ class World:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def report_failure(self, error: BaseException) -> None:
-        """Tell the ranks that will soon miss this one why it leaves."""
+        """Tell the ranks that will soon miss this one why it leaves. The first to fail has the word."""
         with suppress(Exception):  # the store may be gone: it lives in another process
-            self.store.set("failure", f"{exit_status(error)} rank {self.rank}: {one_line(error) or type(error).__name__}")
+            if not self.reported_failure():
+                text = f"rank {self.rank}: {one_line(error) or type(error).__name__}"
+                self.store.set("failure", f"{exit_status(error)} {text}")
 
     def explain(self, error: BaseException) -> BaseException:
         """What stands behind a failure: for a broken collective, the failure of the rank that left, or that it was lost."""
@@ -88,10 +94,10 @@ class World:
             if reported := self.reported_failure():
                 return failure_of(reported)
             time.sleep(0.2)
-        return Hung(f"lost a rank: {one_line(error)}")
+        return RankLost(f"lost a rank: {one_line(error)}")
 
     def reported_failure(self) -> str:
-        """What the last rank that failed has said: status, rank and reason; "" where none did."""
+        """What the rank that failed first has said: status, rank and reason; "" where none did."""
         with suppress(Exception):
             if self.store.check(["failure"]):
                 return self.store.get("failure").decode()

@@ -48,11 +48,11 @@ def inspect(run_dir: Path, verify: bool = True) -> dict[str, Any]:
         raise InputError(f"{run_dir}: not a run directory, or one that never saved (no checkpoints/)")
     committed, lease = checkpoint.steps(run_dir), holder(run_dir)
     rows = [_describe(checkpoint.step_path(run_dir, step), step, verify) for step in committed]
-    names = {path.name for path in directory.iterdir() if path.is_dir()}
+    aside = [path.name for path in directory.iterdir() if ".damaged-" in path.name or ".left-" in path.name]
     return {
         "run_dir": str(run_dir),
         "steps": [row for row in rows if row is not None],
-        "set_aside": sorted(names - {checkpoint.step_path(run_dir, step).name for step in committed}),
+        "set_aside": sorted(aside),
         "lease": None if lease is None else lease | {"alive": is_alive(lease)},
     }
 

@@ -63,7 +63,7 @@ class Profile:
             profiler, self._profiler = self._profiler, None
             try:
                 profiler.stop()
-            except (OSError, RuntimeError) as error:  # a full disk ends the profile, not the run
+            except Exception as error:  # a full disk, a cut trace: ends the profile, not the run
                 log(f"{self.directory}: the profile can't be written: {error}")
 
     def _write(self, profiler: Any) -> None:

@@ -76,7 +76,7 @@ class Saver:
         try:
             arguments = (step, self._copy(fragments), shapes, model, state)
         except Exception as error:  # no host memory
-            self.failure = error
+            self._fail(step, error)
             return
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -135,9 +135,12 @@ class Saver:
                 log(f"saved {path}: {size / 1e6:,.0f} MB in {seconds:.2f} s beside training")
                 checkpoint.retain(self._run_dir, self._config.keep_last, self._config.keep_every)
         except Exception as error:
-            self.failure = error
-            # The directory stays until the next start: other ranks may still be writing there.
-            world.store.set(f"{key}/failed", f"rank {world.rank}: {one_line(error)}")
+            self._fail(step, error)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Rank 0 must not wait for this rank's part. The directory stays: other ranks may still be writing there."""
+        self.failure = error
+        self._world.store.set(f"save/{step}/failed", f"rank {self._world.rank}: {one_line(error)}")
 
     def _meet(self, key: str) -> list[dict[str, Any]]:
         """The listings of all ranks, when all have written. Raises RuntimeError when one of them failed."""

@@ -12,6 +12,7 @@ import math
 import platform
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data_prep.dataset import Dataset
 from pretrain import checkpoint, run_directory, zero_state, zero_step
 from pretrain.bad_steps import BadSteps, BadStepsFile, described
 from pretrain.config import Config
-from pretrain.distributed import StopSignal, World, environment_rank, start
+from pretrain.distributed import RankLost, StopSignal, World, environment_rank, start
 from pretrain.engine import build_engine, learning_rate, set_learning_rate
 from pretrain.interval import Interval
 from pretrain.lease import Lease
@@ -36,16 +37,16 @@ from pretrain.saver import Saver
 from pretrain.validation import Validation
 from pretrain.watchdog import Watchdog
 
-LOST_SECONDS = 30.0  # for a save under way to end when a rank may be gone
+LOST_SECONDS = 10.0  # for a save under way to end when a rank is gone; torchrun kills 30 s after it has noticed
 COLLECTIVE_MARGIN_SECONDS = 120.0  # by which the watchdog comes before the time-out of collectives
 
 
 def train(config: Config, from_step: int | None = None, profile_steps: int = 0) -> dict[str, Any]:
     """Run until `train.max_steps` or `train.stop_at_step`; returns the step, the last loss and the number of ranks.
 
-    Rank 0 writes RUN_DIR/exit.json in every case that leaves it time to, unless another life holds the directory. Raises
-    StopRequested after SIGTERM or SIGUSR1, with the step saved, InputError for what can't be trained on, Hung when another
-    rank is lost, and RuntimeError when too many steps in a row are bad.
+    Rank 0, or another where it is gone, writes RUN_DIR/exit.json where it can, unless another life holds the directory.
+    Raises StopRequested after SIGTERM or SIGUSR1, with the step saved, InputError for what can't be trained on, Hung when
+    another rank is lost, and RuntimeError when too many steps in a row are bad.
 
     Args:
         from_step: go back to this checkpoint; the steps after it are set aside.
@@ -61,6 +62,9 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
                 (run_dir / "exit.json").unlink(missing_ok=True)
             except Exception as error:
                 refused = error  # the others hear of it when they have come together
+                if not isinstance(error, InputError):  # no other life is here, but the disk fails
+                    with suppress(OSError):
+                        (run_dir / "exit.json").unlink(missing_ok=True)
         # What is wrong with the input is found by every rank alone, before it waits for the others.
         config, dataset = open_dataset(config)
         if from_step is not None and went_back_to(run_dir) == from_step:
@@ -82,11 +86,13 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
             raise
         raise failure from error
     finally:
-        if run is not None:
-            run.close(failure)
         try:
+            if run is not None:
+                run.let_save_end(failure)
             if lease is not None:
                 lease.check()
+                if failure is not None:  # half of a save must not fill the disk on which exit.json has to stand
+                    checkpoint.remove_leftovers(run_dir)
                 run_directory.write_exit(run_dir, failure)
             elif world is not None and isinstance(failure, Hung):
                 run_directory.write_exit_instead(run_dir, life, world.rank, failure)
@@ -95,12 +101,14 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
         finally:
             if lease is not None:
                 lease.release()
-        if world is not None and (failure is None or isinstance(failure, StopRequested)):
-            dist.destroy_process_group()
+            if world is not None and (failure is None or isinstance(failure, StopRequested)):
+                dist.destroy_process_group()
+            if run is not None:
+                run.watchdog.close()
 
 
 class _Run:
-    """One life of a run, on one rank: `begin`, `run`, and in any case `close`."""
+    """One life of a run, on one rank: `begin`, `run`, and in any case `let_save_end` and `watchdog.close`."""
 
     def __init__(
         self, config: Config, run_dir: Path, world: World, life: str, stop: StopSignal, lease: Lease | None
@@ -162,12 +170,11 @@ class _Run:
         self.metrics = Metrics(self.run_dir, self.step, self.config.train.max_steps)
         self.bad_steps_file = BadStepsFile(self.run_dir, self.step)
 
-    def close(self, failure: BaseException | None) -> None:
-        """Let a save under way end, and stop watching; a rank that was lost won't let it end."""
-        limit = LOST_SECONDS if isinstance(failure, Hung) else self.config.watchdog.save_seconds
+    def let_save_end(self, failure: BaseException | None) -> None:
+        """A rank that was lost won't let it end: it is not waited for long."""
+        limit = LOST_SECONDS if isinstance(failure, RankLost) else self.config.watchdog.save_seconds
         self.watchdog.leave(limit + COLLECTIVE_MARGIN_SECONDS)
         self.saver.join(limit)
-        self.watchdog.close()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if "loader" in saved.state:  # an imported model has none

@@ -57,7 +57,8 @@ class Watchdog:
         store: of torch.distributed, with `multi_get`, shared by all ranks, to name the ranks that hang; None when alone. For
             that, all ranks must enter the same phases in the same order.
         reported_failure: what a rank that failed has told the others (`World.reported_failure`). Where the collective that
-            this rank waits in does not break by itself, as NCCL's, it ends a minute later with that rank's status.
+            this rank waits in does not break by itself, as NCCL's, it ends a minute later with that rank's status. So it
+            does, with 70, when the process that holds the store is gone, which is rank 0's or torchrun's.
     """
 
     def __init__(
@@ -109,19 +110,20 @@ class Watchdog:
 
     def _publish(self) -> None:
         assert self._store is not None
-        published, failed = 0, float("inf")
-        while True:
+        published, reported, since = 0, "", float("inf")
+        while not (since < float("inf") and not self._follows):
             published += 1
             with self._lock:
                 entry = Entry(self._counter, self._phase, self._host, self._firing, published)
             try:
                 self._store.set(self._key(self._rank), json.dumps(entry))
-            except RuntimeError:  # the process that has the store is gone
-                return
-            if failed == float("inf") and self._reported_failure():
-                failed = time.monotonic()
-            if time.monotonic() - failed > FOLLOW_SECONDS and self._follows:
-                self._follow(self._reported_failure())
+                reported = reported or self._reported_failure()
+            except RuntimeError as error:  # its last word counts
+                reported = reported or f"{HUNG} the process that holds the store is gone: {one_line(error)}"
+            if reported:
+                since = min(since, time.monotonic())
+            if time.monotonic() - since > FOLLOW_SECONDS and self._follows:
+                self._follow(reported)
             if self._closed.wait(PUBLISH_SECONDS):
                 return
 

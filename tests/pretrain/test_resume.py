@@ -90,10 +90,11 @@ def test_inspect_tells_whole_steps_from_damaged_ones(finished: Path, tmp_path: P
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     file = damage(run_dir, 6)
-    (run_dir / "checkpoints" / "step-000000009.tmp-dead").mkdir()
+    for name in ("step-000000009.tmp-life", "step-000000007.damaged-life"):  # being written, set aside
+        (run_dir / "checkpoints" / name).mkdir()
     found = result(pretrain("inspect", run_dir, "--json"))
     assert [(row["step"], row["valid"]) for row in found["steps"]] == [(2, True), (4, True), (6, False), (8, True)]
-    assert str(file) in found["steps"][2]["problem"] and found["set_aside"] == ["step-000000009.tmp-dead"]
+    assert str(file) in found["steps"][2]["problem"] and found["set_aside"] == ["step-000000007.damaged-life"]
     first = found["steps"][0]
     assert (first["world_size"], first["zero_stage"], first["dtype"], first["position"]) == (1, 1, "fp32", 22)
     assert first["bytes"] == sum(path.stat().st_size for path in checkpoint.step_path(run_dir, 2).iterdir())
