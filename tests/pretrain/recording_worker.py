@@ -43,7 +43,7 @@ if __name__ == "__main__":
         lines = [line for batch in batches for line in described(run, batch)]
         (Path(out) / f"{step}-{run.world.rank}.json").write_text(json.dumps(lines))
         if step == int(kill_step):
-            run.world.barrier()  # all have written
+            run._wait_for_save()  # all have written, and the step saved last is committed
             if run.world.is_first:
                 os.kill(os.getpid(), signal.SIGKILL)
         return real_step(run, batches, masked)
