@@ -25,13 +25,13 @@ from torch import Tensor
 from data_prep.cli import InputError, log
 from kernels.random import PURPOSE_DROPOUT, fork, keep_mask, root_key
 from pretrain.config import load_config
+from pretrain.engine import DTYPES
 from pretrain.flops import training_flops
 from pretrain.masking import FIRST_CONTENT
 from pretrain.model import MaskedLanguageModel, ModelConfig, Packed, initialize
 
 MASKED_SHARE = 0.15
 WARM_UP = 3  # steps of each model
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[], None]
 
 
