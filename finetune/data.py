@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
 from finetune.tasks import task_name
-from kernels.attention import MAX_SEQUENCE
+from kernels import MAX_SEQUENCE
 
 SPLITS = ("train", "dev", "test")
 _LABEL = re.compile(r"[0-9]{1,9}")

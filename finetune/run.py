@@ -32,6 +32,7 @@ from finetune.model import Classifier, build, encoder_sha256
 from finetune.sources import open_source
 from finetune.tasks import PUBLISHED, Settings, metric_of, settings_for
 from finetune.train import predict, total_steps, train
+from pretrain.implementations import choose_alone
 
 FORMAT_VERSION = 1
 REQUIRED = ("task", "metric", "model", "seed", "settings", "source", "data", "dev", "test", "collapsed", "predictions")
@@ -91,7 +92,9 @@ def run(
     _make_folder(path.parent)
     _report_input(task, tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result["environment"] = _environment(device)
+    longest = max(int(split.lengths.max()) for split in tokens.values())
+    names = choose_alone(source.config, device, torch.bfloat16 if settings.dtype == "bf16" else torch.float32, longest)
+    result["environment"] = _environment(device) | {"kernels": names}
     result["command"] = command
     _train_and_score(result, classifier.to(device), tokens, settings, seed, device, path)
     write_atomically(path, dump_json(result))

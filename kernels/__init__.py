@@ -1,18 +1,16 @@
 """The operations of the model that are worth fusing, behind signatures that stay when the implementation changes.
 
-Tokens of all sequences of a micro batch lie end to end (`_t`); `cu_seqlens` says where each sequence starts. Randomness
-is drawn by key (`kernels.random`). What stands here is plain PyTorch: it defines what each operation means, runs
-everywhere and is what faster implementations are tested against.
+`kernels.api` says what each means; `kernels.plain` defines them in PyTorch, `kernels.fused` has them as Triton kernels, and
+`kernels.choice` decides between the two (and NVIDIA's apex) once a process.
 """
 
-from kernels.attention import alibi_slopes, attention
-from kernels.cross_entropy import IGNORE_INDEX, masked_cross_entropy
-from kernels.geglu import geglu
-from kernels.layer_norm import dropout_residual_layer_norm
-from kernels.random import dropout
+from kernels.api import attention, dropout, dropout_residual_layer_norm, geglu, masked_cross_entropy
+from kernels.plain.attention import MAX_SEQUENCE, alibi_slopes
+from kernels.plain.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
+    "MAX_SEQUENCE",
     "alibi_slopes",
     "attention",
     "dropout",

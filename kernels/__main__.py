@@ -1,4 +1,4 @@
-"""`python -m kernels bench`."""
+"""`python -m kernels check | compile | bench`: right on this device, compiled for any, beside what others would take."""
 
 from __future__ import annotations
 
@@ -6,17 +6,33 @@ import argparse
 import sys
 
 from data_prep.cli import add_verb, main
-from kernels.bench import run
+from kernels import bench, check, choice, compile
+from kernels.check import DTYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kernels", description="The fused operations of the model.")
+    parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    bench = add_verb(verbs, "bench", run, "Cost of the random generator beside Philox and torch's dropout, on the CPU.")
-    bench.add_argument("--tokens", type=int, default=2048, help="rows (default 2048)")
-    bench.add_argument("--width", type=int, default=768, help="elements a row (default 768)")
-    bench.add_argument("--rounds", type=int, default=20, help="measurements of each way (default 20)")
-    bench.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+
+    verb = add_verb(verbs, "check", check.run, "Compare every operation with its definition in float64, on this device.")
+    verb.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"], help="default: all three")
+    verb.add_argument(
+        "--implementation", choices=["triton", "apex", "torch"], default="triton", help="what to check (default: triton)"
+    )
+    verb.add_argument("--operation", choices=choice.OPERATIONS, help="only this one")
+
+    verb = add_verb(verbs, "compile", compile.run, "Compile every kernel for GPUs that need not be here; registers, spills.")
+    verb.add_argument(
+        "--arch",
+        action="append",
+        metavar="ARCH",
+        required=True,
+        help="sm_80, sm_90, gfx942, ...; may be given several times",
+    )
+    verb.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+    verb.add_argument("--operation", choices=choice.OPERATIONS, help="only this one")
+
+    bench.add_arguments(add_verb(verbs, "bench", bench.run, bench.__doc__.partition("\n")[0]))
     return parser
 
 

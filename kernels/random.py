@@ -78,6 +78,11 @@ def drop_threshold(p: float) -> int:
     return round(p * 65536)
 
 
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied by: one over the probability with which they are really kept."""
+    return 65536 / (65536 - drop_threshold(p))
+
+
 def keep_mask(keys_t: Tensor, site: int, width: int, p: float, first: int = 0) -> Tensor:
     """Which elements dropout keeps.
 
@@ -96,14 +101,3 @@ def keep_mask(keys_t: Tensor, site: int, width: int, p: float, first: int = 0) -
     words = fork(fork(keys_t, site)[:, None], groups)
     lanes = words.view(torch.int16)  # little-endian on every machine that torch supports
     return lanes[:, :width] >= drop_threshold(p) - 32768
-
-
-def dropout(x_td: Tensor, p: float, keys_t: Tensor | None, site: int) -> Tensor:
-    """Dropout of x_td [tokens, width]; kept elements are divided by the probability with which they are really kept.
-
-    `keys_t` None, or p 0, means no dropout (evaluation).
-    """
-    if p == 0.0 or keys_t is None:
-        return x_td
-    scale = 65536 / (65536 - drop_threshold(p))
-    return x_td * keep_mask(keys_t, site, x_td.shape[-1], p).to(x_td.dtype).mul_(scale)

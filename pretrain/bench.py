@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from data_prep.cli import InputError, log
+from kernels import choice
 from kernels.random import PURPOSE_DROPOUT, fork, keep_mask, root_key
 from pretrain.config import load_config
 from pretrain.engine import DTYPES
 from pretrain.flops import training_flops
+from pretrain.implementations import choose_alone
 from pretrain.masking import FIRST_CONTENT
 from pretrain.model import MaskedLanguageModel, ModelConfig, Packed, initialize
 
@@ -67,7 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"ours / Hugging Face: {result['ratio_huggingface']:.2f} as they are, "
         f"{result['ratio_huggingface_masked_logits']:.2f} with Hugging Face's logits on masked tokens only"
     )
-    log(f"the dropout generator takes {result['dropout_generator_share']:.1%} of our step")
+    if result["dropout_generator_share"] is not None:
+        log(f"the dropout generator takes {result['dropout_generator_share']:.1%} of our step")
     return result
 
 
@@ -89,7 +92,7 @@ def bench(
 
     Returns:
         `ratio_huggingface` (ours / theirs in tokens/s), the medians it is made of, parameters and matrix FLOPs of each,
-        `dropout_generator_share` of our step, the setting and the versions; JSON.
+        `dropout_generator_share` of our step (None where it is part of other kernels), the setting and the versions; JSON.
 
     Raises InputError when transformers isn't installed.
     """
@@ -105,19 +108,21 @@ def bench(
 def _bench(config: ModelConfig, dtype: str, batch: int, length: int, steps: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    names = choose_alone(config, device, DTYPES[dtype], length)
     ids_bs = torch.randint(FIRST_CONTENT, config.vocab_size, (batch, length), device=device)
     masked_bs = torch.rand(batch, length, device=device) < MASKED_SHARE
     ours = MaskedLanguageModel(config)
     initialize(ours, 0, config.initializer_range)
     theirs = _huggingface_model(config, length)
-    models: dict[str, torch.nn.Module] = {"ours": ours, "huggingface": theirs}
-    for model in models.values():
+    for model in (ours, theirs):
         model.to(device=device, dtype=DTYPES[dtype]).train()
     run_steps: dict[str, Step] = {
         "ours": _our_step(ours, ids_bs, masked_bs),
         "huggingface": _huggingface_step(theirs, ids_bs, masked_bs),
         "huggingface_masked_logits": _huggingface_masked_step(theirs, ids_bs, masked_bs),
     }
+    if set(names.values()) != {"torch"}:
+        run_steps["ours_in_plain_pytorch"] = _in_plain_pytorch(run_steps["ours"])
     for step in run_steps.values():
         for _ in range(WARM_UP):
             step()
@@ -125,7 +130,7 @@ def _bench(config: ModelConfig, dtype: str, batch: int, length: int, steps: int)
     for _ in range(steps):
         for name, step in run_steps.items():
             seconds[name].append(_seconds(step, device))
-    share = _generator_share(run_steps["ours"], steps, device)
+    share = _generator_share(run_steps["ours"], steps, device) if set(names.values()) == {"torch"} else None
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     tokens, masked = batch * length, int(masked_bs.sum())
@@ -135,12 +140,13 @@ def _bench(config: ModelConfig, dtype: str, batch: int, length: int, steps: int)
         "tokens_per_second": {name: tokens / value for name, value in median.items()},
         "step_seconds": median,
         "dropout_generator_share": share,
-        "parameters": {name: _parameters(models.get(name, theirs)) for name in run_steps},
+        "parameters": {name: _parameters(ours if name.startswith("ours") else theirs) for name in run_steps},
         "matrix_flops_per_step": {
             # BERT with 1.5 f has 2 d (1.5 f) in its MLP where GEGLU has 3 d f: one formula for all.
             name: training_flops(config, tokens, tokens * length, tokens if name == "huggingface" else masked)
             for name in run_steps
         },
+        "kernels": names,
         "model": config.model_dump(),
         "huggingface_intermediate_size": theirs.config.intermediate_size,
         "setting": {
@@ -213,6 +219,16 @@ def _our_step(model: MaskedLanguageModel, ids_bs: Tensor, masked_bs: Tensor) -> 
     return step
 
 
+def _in_plain_pytorch(step: Step) -> Step:
+    """The same step, with every fused operation computed by its plain twin."""
+
+    def plain() -> None:
+        with choice.using(**dict.fromkeys(choice.OPERATIONS, "torch")):
+            step()
+
+    return plain
+
+
 def _huggingface_step(model: Any, ids_bs: Tensor, masked_bs: Tensor) -> Step:
     """As in transformers' examples: labels of -100 where nothing is predicted, an attention mask of ones."""
     labels_bs = ids_bs.masked_fill(~masked_bs, -100)
@@ -268,7 +284,7 @@ def _generator_share(step: Step, steps: int, device: torch.device) -> float:
 @contextmanager
 def _timed_generator(device: torch.device) -> Iterator[list[float]]:
     """Adds the seconds spent in `keep_mask` to the one number of the list, in every module that calls it."""
-    modules: list[Any] = [importlib.import_module(name) for name in ("kernels.random", "kernels.attention")]
+    modules: list[Any] = [importlib.import_module(name) for name in ("kernels.plain.dropout", "kernels.plain.attention")]
     spent = [0.0]
 
     def timed(*args: Any) -> Tensor:

@@ -107,6 +107,23 @@ class BadStepsConfig(Section):
     stop_after: int = Field(10, ge=1)  # so many bad steps in a row end the run with status 1
 
 
+Implementation = Literal["auto", "triton", "torch"]
+
+
+class KernelsConfig(Section):
+    """Who computes the fused operations; all draw the same dropout.
+
+    auto: on a GPU Triton's kernels where they run and agree with PyTorch, tried at the start, else PyTorch's; on a CPU
+    PyTorch's. One that is named and can't run is an error.
+    """
+
+    attention: Implementation = "auto"
+    layer_norm: Literal["auto", "triton", "apex", "torch"] = "auto"
+    geglu: Implementation = "auto"
+    cross_entropy: Implementation = "auto"
+    dropout: Implementation = "auto"
+
+
 class ValidationConfig(Section):
     every: int = Field(1000, ge=0)  # steps; 0: never
     sequences: int = Field(4096, ge=1)  # how many, spread evenly over the validation split
@@ -140,6 +157,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     bad_steps: BadStepsConfig = BadStepsConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    kernels: KernelsConfig = KernelsConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")
@@ -180,6 +198,11 @@ MAY_CHANGE = frozenset(
         "watchdog.start_seconds",
         "watchdog.step_seconds",
         "watchdog.save_seconds",
+        "kernels.attention",
+        "kernels.layer_norm",
+        "kernels.geglu",
+        "kernels.cross_entropy",
+        "kernels.dropout",
         "deepspeed.zero_stage",
     }
 )

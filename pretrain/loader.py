@@ -16,7 +16,7 @@ from data_prep.cache import Cache, default_directory
 from data_prep.cli import InputError, log
 from data_prep.dataset import SPLITS, Dataset
 from data_prep.storage import file_sha256
-from kernels.attention import MAX_SEQUENCE
+from kernels import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
 from pretrain.blocks import BlockPool, slot_bytes, slots_needed
 from pretrain.config import Config

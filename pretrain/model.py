@@ -82,6 +82,10 @@ SITE_EMBEDDINGS, SITE_CLASSIFIER, SITES_BEFORE_LAYERS, SITES_PER_LAYER = 0, 1, 8
 SITE_ATTENTION_WEIGHTS, SITE_ATTENTION_OUTPUT, SITE_FEED_FORWARD = 0, 1, 2
 
 
+# The same hidden states twice, for a dense path and for the next residual sum; see `kernels.dropout_residual_layer_norm`.
+Twice = tuple[Tensor, Tensor]
+
+
 class LayerNorm(nn.Module):
     """Weights of a LayerNorm, with the dropout and the residual sum before it; see `kernels`."""
 
@@ -91,7 +95,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
         self.eps, self.site, self.dropout_p = config.layer_norm_eps, site, dropout_p
 
-    def forward(self, x_td: Tensor, residual_td: Tensor | None, keys_t: Tensor | None) -> Tensor:
+    def forward(self, x_td: Tensor, residual_td: Tensor | None, keys_t: Tensor | None) -> Twice:
         return kernels.dropout_residual_layer_norm(
             x_td,
             residual_td,
@@ -114,7 +118,7 @@ class Embeddings(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         types_t = torch.zeros_like(batch.ids_t) if batch.token_types_t is None else batch.token_types_t
-        x_td = self.LayerNorm(self.word_embeddings(batch.ids_t), self.token_type_embeddings(types_t), None)
+        x_td, _ = self.LayerNorm(self.word_embeddings(batch.ids_t), self.token_type_embeddings(types_t), None)
         return kernels.dropout(x_td, self.dropout_p, batch.dropout_keys_t, SITE_EMBEDDINGS)
 
 
@@ -146,7 +150,7 @@ class DenseResidualNorm(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config, first_site + SITE_ATTENTION_OUTPUT, config.hidden_dropout_prob)
 
-    def forward(self, attended_td: Tensor, x_td: Tensor, keys_t: Tensor | None) -> Tensor:
+    def forward(self, attended_td: Tensor, x_td: Tensor, keys_t: Tensor | None) -> Twice:
         return self.LayerNorm(self.dense(attended_td), x_td, keys_t)
 
 
@@ -156,8 +160,9 @@ class Attention(nn.Module):
         self.self = SelfAttention(config, first_site)
         self.output = DenseResidualNorm(config, first_site)
 
-    def forward(self, x_td: Tensor, batch: Packed) -> Tensor:
-        return self.output(self.self(x_td, batch), x_td, batch.dropout_keys_t)
+    def forward(self, x: Twice, batch: Packed) -> Twice:
+        dense_td, residual_td = x
+        return self.output(self.self(dense_td, batch), residual_td, batch.dropout_keys_t)
 
 
 class FeedForward(nn.Module):
@@ -170,9 +175,11 @@ class FeedForward(nn.Module):
         self.layernorm = LayerNorm(config)
         self.site, self.dropout_p = first_site + SITE_FEED_FORWARD, config.hidden_dropout_prob
 
-    def forward(self, x_td: Tensor, keys_t: Tensor | None) -> Tensor:
-        gated_tf = kernels.geglu(self.gated_layers(x_td), dropout_p=self.dropout_p, dropout_keys_t=keys_t, site=self.site)
-        return self.layernorm(self.wo(gated_tf), x_td, None)
+    def forward(self, x: Twice, keys_t: Tensor | None) -> Twice:
+        dense_td, residual_td = x
+        gated_t2f = self.gated_layers(dense_td)
+        gated_tf = kernels.geglu(gated_t2f, dropout_p=self.dropout_p, dropout_keys_t=keys_t, site=self.site)
+        return self.layernorm(self.wo(gated_tf), residual_td, None)
 
 
 class Layer(nn.Module):
@@ -182,8 +189,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, first_site)
         self.mlp = FeedForward(config, first_site)
 
-    def forward(self, x_td: Tensor, batch: Packed) -> Tensor:
-        return self.mlp(self.attention(x_td, batch), batch.dropout_keys_t)
+    def forward(self, x: Twice, batch: Packed) -> Twice:
+        return self.mlp(self.attention(x, batch), batch.dropout_keys_t)
 
 
 class Layers(nn.Module):
@@ -203,9 +210,10 @@ class Encoder(nn.Module):
     def forward(self, batch: Packed) -> Tensor:
         """Hidden states of the last layer, [t, d]."""
         x_td = self.embeddings(batch)
+        x = x_td, x_td
         for layer in self.encoder.layer:
-            x_td = layer(x_td, batch)
-        return x_td
+            x = layer(x, batch)
+        return x[0]
 
 
 class Transform(nn.Module):
@@ -217,7 +225,7 @@ class Transform(nn.Module):
         self.LayerNorm = LayerNorm(config)
 
     def forward(self, x_md: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(x_md)), None, None)
+        return self.LayerNorm(F.gelu(self.dense(x_md)), None, None)[0]
 
 
 class Predictions(nn.Module):
@@ -256,9 +264,8 @@ class MaskedLanguageModel(nn.Module):
         A micro batch without sequences or without masked tokens gives a loss of 0 whose backward pass still reaches every
         parameter, so that ranks with less work take part in every collective.
         """
-        logits_mv = self.logits(batch, index_m)
-        loss, _ = kernels.masked_cross_entropy(logits_mv, labels_m)
-        return loss, (logits_mv.detach().argmax(-1) == labels_m).sum()
+        loss, _, right = kernels.masked_cross_entropy(self.logits(batch, index_m), labels_m)
+        return loss, right
 
 
 def initial_values(shapes: Mapping[str, tuple[int, ...]], seed: int, std: float) -> Iterator[tuple[str, Tensor]]:

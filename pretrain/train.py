@@ -26,6 +26,7 @@ from pretrain.bad_steps import BadSteps, BadStepsFile, described
 from pretrain.config import Config
 from pretrain.distributed import RankLost, StopSignal, World, environment_rank, start
 from pretrain.engine import build_engine, learning_rate, set_learning_rate
+from pretrain.implementations import choose
 from pretrain.interval import Interval
 from pretrain.lease import Lease
 from pretrain.loader import Loader, MaskedBatch, open_dataset
@@ -126,6 +127,7 @@ class _Run:
         config, run_dir, world = self.config, self.run_dir, self.world
         self.loader = Loader(config, dataset, world.rank, world.size, pin=world.device.type == "cuda")
         found = find_checkpoint(run_dir, world, from_step)
+        self.kernels = choose(config, world, dataset.manifest["sequence_length"])
         self.engine = build_engine(config, world)
         world.limit_collectives(config.watchdog.start_seconds + COLLECTIVE_MARGIN_SECONDS)  # of DeepSpeed's groups too
         self.shapes = zero_state.shapes(self.engine)
@@ -383,7 +385,7 @@ class _Run:
             "zero_stage": self.config.deepspeed.zero_stage,
             "dtype": self.config.train.dtype,
             "device": self.world.device.type,
-            "implementations": {"kernels": "torch", "optimizer": "torch.optim.AdamW(fused=True)"},
+            "implementations": {**self.kernels, "optimizer": "torch.optim.AdamW(fused=True)"},
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
             **self.origin,
         }

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import alibi_slopes, attention
-from kernels.attention import MAX_SEQUENCE
+from kernels import MAX_SEQUENCE, alibi_slopes, attention
 from kernels.random import fork, keep_mask
 
 LENGTHS = [5, 1, 17, 1, 2, 30]

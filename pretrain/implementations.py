@@ -1,0 +1,52 @@
+"""Which implementations of the fused operations a run computes with: chosen at its start, alike on all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from data_prep.cli import InputError, log
+from kernels import choice
+from kernels.choice import Sizes
+from pretrain.config import Config
+from pretrain.distributed import World
+from pretrain.engine import DTYPES
+from pretrain.model import ModelConfig
+
+
+def sizes_of(model: ModelConfig, longest: int) -> Sizes:
+    """What the kernels have to cope with; `longest` sequence in tokens."""
+    return Sizes(model.hidden_size, model.num_attention_heads, model.intermediate_size, model.vocab_size, longest)
+
+
+def choose(config: Config, world: World, longest: int) -> dict[str, str]:
+    """Try, choose for this process and log; returns the name of what computes each operation. A collective.
+
+    What one rank can't use, none does. InputError for an implementation that the configuration names and that can't run.
+    """
+    requests = config.kernels.model_dump()
+    found = choice.obstacles(requests, world.device, DTYPES[config.train.dtype], sizes_of(config.model, longest))
+    every = [(operation, name) for operation, names in choice.OPERATIONS.items() for name in names if name != "torch"]
+    ranks = world.sum(*((pair in found) for pair in every))
+    for (operation, name), count in zip(every, ranks, strict=True):
+        if 0 < count < world.size:
+            found.setdefault((operation, name), "another rank can't use it; see what that rank's log says")
+            # What comes after it in the order was tried on some ranks only.
+            found |= {pair: "the ranks differ" for pair in every if pair[0] == operation and pair not in found}
+    return _use(requests, found, world.device, world.is_first)
+
+
+def choose_alone(model: ModelConfig, device: torch.device, dtype: torch.dtype, longest: int) -> dict[str, str]:
+    """The same for a process of its own, with `auto` for every operation."""
+    requests = dict.fromkeys(choice.OPERATIONS, choice.AUTO)
+    return _use(requests, choice.obstacles(requests, device, dtype, sizes_of(model, longest)), device, speaks=True)
+
+
+def _use(requests: dict[str, str], found: dict[tuple[str, str], str], device: torch.device, speaks: bool) -> dict[str, str]:
+    try:
+        names = choice.use(requests, found, device)
+    except choice.Unavailable as error:
+        raise InputError(str(error)) from None
+    if speaks or found:
+        for line in choice.describe(names, found):
+            log(line)
+    return names
