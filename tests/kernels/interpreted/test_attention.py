@@ -1,0 +1,164 @@
+"""The attention kernels against the plain twin in float64, at the edges of their tiles, and as operators of torch."""
+
+import math
+
+import pytest
+import torch
+
+from kernels.fused import attention as module
+from kernels.fused.attention import attention
+from kernels.fused.launch import launch
+from kernels.plain.attention import attention as twin
+from kernels.random import drop_threshold, fork
+
+SHORT = [37, 1, 64, 0, 128, 90]  # one program a sequence and head
+LONG = [200, 1, 129, 0, 300]
+CASES = [(torch.float64, 3, 32), (torch.float32, 2, 64), (torch.float16, 1, 64), (torch.bfloat16, 1, 128)]
+
+
+def make(lengths, dtype=torch.float64, heads=1, dim=32):
+    """Packed queries, keys and values, a gradient of the output, and the arguments that name the sequences."""
+    generator = torch.Generator().manual_seed(sum(lengths) + dim)
+    tokens = sum(lengths)
+    qkv = torch.randn(tokens, 3, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
+    grad = torch.randn(tokens, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
+    return qkv, grad, (torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0))
+
+
+def dropped(tokens, p=0.25):
+    return {"dropout_p": p, "dropout_keys_t": fork(5, torch.arange(tokens)), "site": 9}
+
+
+def run(function, qkv, grad, sequences, **options):
+    qkv = qkv.clone().requires_grad_()
+    out = function(qkv, *sequences, **options)
+    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
+    return out.detach(), grad_qkv
+
+
+@pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize(("dtype", "heads", "dim"), CASES)
+def test_as_exact_as_the_twin_but_for_the_rounding_of_weights(dtype, heads, dim, lengths):
+    """Beside what the twin rounds, 16-bit kernels round each softmax weight and its gradient: at most about twice its error."""
+    qkv, grad, sequences = make(lengths, dtype, heads, dim)
+    exact = run(twin, qkv.double(), grad.double(), sequences)
+    for truth, plain, ours in zip(
+        exact, run(twin, qkv, grad, sequences), run(attention, qkv, grad, sequences), strict=True
+    ):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        error, allowed = ((result.double() - truth).square().mean().sqrt() for result in (ours, plain))
+        assert error <= 1.7 * allowed + 1e-15
+        error, allowed = ((result.double() - truth).abs().max() for result in (ours, plain))
+        assert error <= 2.5 * allowed + 1e-13
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 30], [140, 1, 75]])
+def test_dropout_drops_the_weights_that_the_twin_drops(lengths):
+    qkv, grad, sequences = make(lengths, heads=3)
+    options = dropped(sum(lengths))
+    for plain, ours in zip(
+        run(twin, qkv, grad, sequences, **options), run(attention, qkv, grad, sequences, **options), strict=True
+    ):
+        assert (ours - plain).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("lengths", [[37, 0, 64], [70, 1, 130]])
+def test_nothing_outside_of_the_tensors_is_read_or_written(lengths, monkeypatch):
+    """Zones of NaN round all of a launch's tensors stay as they are and reach no result; nor do values never written."""
+    qkv, grad, sequences = make(lengths, torch.float32)
+    expected = run(attention, qkv, grad, sequences)
+
+    def guarded_launch(kernel, grid, *args, **options):
+        guarded, zones = [], []
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+                zone = torch.full((arg.numel() + 8192,), math.nan, dtype=arg.dtype)
+                inner = zone[4096:-4096].view(arg.shape).copy_(arg)
+                zones.append((arg, inner, zone))
+                arg = inner
+            guarded.append(arg)
+        launch(kernel, grid, *guarded, **options)
+        for arg, inner, zone in zones:
+            assert zone[:4096].isnan().all() and zone[-4096:].isnan().all()
+            arg.copy_(inner)
+
+    monkeypatch.setattr(module, "launch", guarded_launch)
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        results = run(attention, qkv, grad, sequences)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("lengths", [[40, 100], [150, 210]])
+def test_a_sequence_has_the_same_bits_in_any_batch(lengths):
+    qkv, grad, sequences = make(lengths, torch.bfloat16)
+    first, last = lengths
+    together = run(attention, qkv, grad, sequences)
+    alone = run(attention, qkv[first:], grad[first:], (torch.tensor([0, last], dtype=torch.int32), last))
+    assert all(torch.equal(a[first:], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_ten_thousand_tokens(monkeypatch):
+    """Few queries have a gradient, so that the formula in float64 needs no more than their rows."""
+    tokens, dim, picked = 10_240, 32, torch.tensor([0, 1, 3000, 5119, 10_239])
+    monkeypatch.setattr(module, "tile", lambda kernel, **_: {"BLOCK_M": 128, "BLOCK_N": 2560})
+    qkv, grad, sequences = make([tokens], torch.float32)
+    grad[torch.isin(torch.arange(tokens), picked, invert=True)] = 0
+    out, grad_qkv = run(attention, qkv, grad, sequences)
+
+    exact = qkv.double().requires_grad_()
+    q, k, v = exact[:, :, 0].unbind(1)
+    distance = (picked[:, None] - torch.arange(tokens)).abs()
+    expected = (q[picked] @ k.T / math.sqrt(dim) - 2**-8 * distance).softmax(-1) @ v
+    expected.backward(grad[picked, 0].double())
+    assert (out[picked, 0] - expected).abs().max() <= 1e-6
+    assert (grad_qkv - exact.grad).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [130]])
+def test_the_gradient_by_finite_differences(lengths):
+    qkv, _, sequences = make(lengths)
+    for options in ({}, dropped(sum(lengths))):
+        assert torch.autograd.gradcheck(
+            lambda x, options=options: attention(x, *sequences, **options), (qkv.requires_grad_(),), fast_mode=True
+        )
+
+
+def test_a_sequence_of_one_token_returns_its_value_and_any_strides_will_do():
+    qkv, _, sequences = make([3, 1, 2], heads=2)
+    strided = qkv.transpose(0, 3).contiguous().transpose(0, 3).requires_grad_()
+    out = attention(strided, *sequences)
+    assert torch.equal(out[3], qkv[3, 2])
+    out.sum().backward()
+    (_, expected) = run(twin, qkv, torch.ones(6, 2, 32, dtype=torch.float64), sequences)
+    assert (strided.grad - expected).abs().max() <= 1e-14
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0], [0, 0]])
+def test_an_empty_batch_has_a_gradient(cu_seqlens):
+    qkv = torch.zeros(0, 3, 2, 32, requires_grad=True)
+    out = attention(qkv, torch.tensor(cu_seqlens, dtype=torch.int32), 0)
+    assert out.shape == (0, 2, 32)
+    out.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_operators_keep_the_rules_of_torch(p):
+    qkv, grad, (cu_seqlens, longest) = make([5, 3], torch.float32)
+    keys = fork(5, torch.arange(8)) if p else None
+    rest = (cu_seqlens, longest, keys, 9, drop_threshold(p))
+    torch.library.opcheck(module._forward_op, (qkv.requires_grad_(), *rest))
+    with torch.no_grad():
+        out, lse = module._forward_op(qkv, *rest)
+    # Places between two sequences' statistics are never written: what stands there differs from call to call.
+    torch.library.opcheck(module._backward_op, (grad, qkv.detach(), out, lse, *rest))
+
+
+def test_torch_compile_keeps_it_in_the_graph():
+    qkv, grad, sequences = make([20, 9], torch.float32)
+    compiled = torch.compile(lambda *args: attention(*args) * 2, fullgraph=True, backend="aot_eager")
+    results, expected = run(compiled, qkv, grad, sequences), run(attention, qkv, 2 * grad, sequences)
+    assert torch.equal(results[0], 2 * expected[0]) and torch.equal(results[1], expected[1])
