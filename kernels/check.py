@@ -22,8 +22,9 @@ from kernels import choice, interpreter
 from kernels.choice import Sizes
 from kernels.random import fork
 
-# What is allowed on top of twice the twin's own error: sums in another order, softmax weights rounded for tensor cores.
-SLACK = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# What is allowed on top of twice the twin's own error: sums in another order, softmax weights rounded for tensor cores, and a
+# GPU's fast exponential and products of three TF32 parts (fp32), which the interpreter doesn't show.
+SLACK = {torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT_P, SITE = 0.1, 9
 Outputs = tuple[Tensor, ...]

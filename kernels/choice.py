@@ -27,6 +27,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
 }
 AUTO = "auto"
 TRITON_VERSIONS = (3, 6), (3, 10)  # from, below; as in pyproject.toml
+OLDEST_GPU = (8, 0)  # older ones have no bf16 and no asynchronous copies: attention would spill
 _PACKAGES = {"torch": "kernels.plain", "triton": "kernels.fused"}
 _FUNCTIONS = {"layer_norm": "dropout_residual_layer_norm", "cross_entropy": "masked_cross_entropy"}
 
@@ -136,6 +137,8 @@ def _obstacle(operation: str, implementation: str, device: torch.device, dtype: 
         return None
     if device.type == "cpu" and not _can_take_cpu_tensors():
         return "it needs a GPU"
+    if implementation == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return f"it needs compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} (Ampere) or newer"
     from kernels import check  # it tries functions of `kernels`, which stands on this module
 
     try:

@@ -12,8 +12,8 @@ from kernels.plain.attention import attention as twin
 from kernels.random import drop_threshold, fork
 
 SHORT = [37, 1, 64, 0, 128, 90]  # one program a sequence and head
-LONG = [200, 1, 129, 0, 300]
-CASES = [(torch.float64, 3, 32), (torch.float32, 2, 64), (torch.float16, 1, 64), (torch.bfloat16, 1, 128)]
+LONG = [200, 1, 129, 0, 90]
+CASES = [(torch.float64, 2, 32), (torch.float32, 1, 64), (torch.float16, 1, 64), (torch.bfloat16, 1, 128)]
 
 
 def make(lengths, dtype=torch.float64, heads=1, dim=32):
@@ -39,12 +39,10 @@ def run(function, qkv, grad, sequences, **options):
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize(("dtype", "heads", "dim"), CASES)
 def test_as_exact_as_the_twin_but_for_the_rounding_of_weights(dtype, heads, dim, lengths):
-    """Beside what the twin rounds, 16-bit kernels round each softmax weight and its gradient: at most about twice its error."""
+    """Beside what the twin rounds, 16-bit kernels round each softmax weight and its gradient: at most twice its error."""
     qkv, grad, sequences = make(lengths, dtype, heads, dim)
     exact = run(twin, qkv.double(), grad.double(), sequences)
-    for truth, plain, ours in zip(
-        exact, run(twin, qkv, grad, sequences), run(attention, qkv, grad, sequences), strict=True
-    ):
+    for truth, plain, ours in zip(exact, run(twin, qkv, grad, sequences), run(attention, qkv, grad, sequences), strict=True):
         assert ours.dtype == plain.dtype and ours.shape == plain.shape
         error, allowed = ((result.double() - truth).square().mean().sqrt() for result in (ours, plain))
         assert error <= 1.7 * allowed + 1e-15
@@ -52,7 +50,7 @@ def test_as_exact_as_the_twin_but_for_the_rounding_of_weights(dtype, heads, dim,
         assert error <= 2.5 * allowed + 1e-13
 
 
-@pytest.mark.parametrize("lengths", [[9, 1, 30], [140, 1, 75]])
+@pytest.mark.parametrize("lengths", [[9, 1, 30], [140, 1]])
 def test_dropout_drops_the_weights_that_the_twin_drops(lengths):
     qkv, grad, sequences = make(lengths, heads=3)
     options = dropped(sum(lengths))
@@ -103,7 +101,8 @@ def test_a_sequence_has_the_same_bits_in_any_batch(lengths):
 def test_ten_thousand_tokens(monkeypatch):
     """Few queries have a gradient, so that the formula in float64 needs no more than their rows."""
     tokens, dim, picked = 10_240, 32, torch.tensor([0, 1, 3000, 5119, 10_239])
-    monkeypatch.setattr(module, "tile", lambda kernel, **_: {"BLOCK_M": 128, "BLOCK_N": 2560})
+    tiles = {"BLOCK_M": 1024, "BLOCK_N": 1024}, {"BLOCK_M": 128, "BLOCK_N": 4096}  # large: the interpreter counts tiles
+    monkeypatch.setattr(module, "tile", lambda kernel, **_: tiles[kernel.endswith("dkdv")])
     qkv, grad, sequences = make([tokens], torch.float32)
     grad[torch.isin(torch.arange(tokens), picked, invert=True)] = 0
     out, grad_qkv = run(attention, qkv, grad, sequences)
@@ -145,16 +144,16 @@ def test_an_empty_batch_has_a_gradient(cu_seqlens):
     assert qkv.grad.shape == qkv.shape
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25])
-def test_the_operators_keep_the_rules_of_torch(p):
+def test_the_operators_keep_the_rules_of_torch():
     qkv, grad, (cu_seqlens, longest) = make([5, 3], torch.float32)
-    keys = fork(5, torch.arange(8)) if p else None
-    rest = (cu_seqlens, longest, keys, 9, drop_threshold(p))
-    torch.library.opcheck(module._forward_op, (qkv.requires_grad_(), *rest))
+    rest = (cu_seqlens, longest, fork(5, torch.arange(8)), 9, drop_threshold(0.25))
+    # Not "test_aot_dispatch_dynamic": it compares all that is returned, and places between two sequences' statistics are
+    # never written. The next test stands in for it.
+    rules = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(module._forward_op, (qkv.requires_grad_(), *rest), test_utils=rules)
     with torch.no_grad():
         out, lse = module._forward_op(qkv, *rest)
-    # Places between two sequences' statistics are never written: what stands there differs from call to call.
-    torch.library.opcheck(module._backward_op, (grad, qkv.detach(), out, lse, *rest))
+    torch.library.opcheck(module._backward_op, (grad, qkv.detach(), out, lse, *rest), test_utils=rules)
 
 
 def test_torch_compile_keeps_it_in_the_graph():
