@@ -5,7 +5,7 @@
 #   make demo [GENOMES=DIR] [GUE=DIR]     the whole path, on embedded data or on yours
 PYTHON ?= python3
 BIN := .venv/bin
-# Each in a folder of its own, which PYTHONPATH puts in front; the tests in between run without Triton.
+# Each in a folder of its own, which PYTHONPATH puts in front; where torch is a CPU build, all other tests run without Triton.
 TRITONS := 3.6.0 3.9.0
 READY := .venv/.ready
 .DELETE_ON_ERROR:
@@ -42,6 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
+.SECONDARY: $(TRITONS:%=.venv/triton-%/.ready)
 .venv/triton-%/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/triton-$* triton==$*
 	touch $@

@@ -33,6 +33,7 @@ def run_run(args: argparse.Namespace) -> dict[str, Any]:
         eval_every=args.eval_every,
         max_length=args.max_length,
         dtype=args.dtype,
+        kernels=args.kernels,
     )
 
 
@@ -90,6 +91,12 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     ):
         settings.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
     settings.add_argument("--dtype", choices=["fp32", "bf16"], help="of the matrix products (default: fp32)")
+    settings.add_argument(
+        "--kernels",
+        choices=["auto", "triton", "torch"],
+        default="auto",
+        help="who computes attention, LayerNorm, GEGLU and dropout (default: Triton on a GPU where it works)",
+    )
 
     verb = add_verb(verbs, "report", run_report, "Make table.md and table.csv of all runs below a results folder.")
     verb.add_argument("results", type=Path, metavar="RESULTS", help="the --out of the runs")

@@ -47,11 +47,13 @@ def run(
     like: str | None = None,
     label: str | None = None,
     command: str | None = None,
+    kernels: str = "auto",
     **changes: Any,
 ) -> dict[str, Any]:
     """Fine-tune and score one model on one task with one seed; return what `--json` prints.
 
-    `changes` replace the task's own settings (`finetune.tasks.Settings`) where they are not None.
+    `changes` replace the task's own settings (`finetune.tasks.Settings`) where they are not None. `kernels` says who
+    computes the fused operations (`kernels.choice`): auto, triton or torch.
     Raises InputError for bad input, RuntimeError when the loss is not a number; then no results file is written.
     """
     if not 0 <= seed < 1 << 63:
@@ -93,7 +95,8 @@ def run(
     _report_input(task, tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     longest = max(int(split.lengths.max()) for split in tokens.values())
-    names = choose_alone(source.config, device, torch.bfloat16 if settings.dtype == "bf16" else torch.float32, longest)
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    names = choose_alone(source.config, device, dtype, longest, kernels)
     result["environment"] = _environment(device) | {"kernels": names}
     result["command"] = command
     _train_and_score(result, classifier.to(device), tokens, settings, seed, device, path)

@@ -58,7 +58,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return list(SHARED_LIMITS).index(self.arch)  # Triton keeps compiled kernels by device number
+        # Triton keeps compiled kernels by device number; no real GPU has one of these.
+        return 1000 + list(SHARED_LIMITS).index(self.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from kernels.choice import Unavailable
 from kernels.plain.dropout import dropout
+from kernels.plain.layer_norm import dropout_residual_layer_norm as plain
 
 # Hidden sizes up to 8,192 that FastLayerNorm was compiled for (apex/contrib/csrc/layer_norm).
 FAST_SIZES = (768, 1024, 1536, 2048, 2304, 3072, 3840, 4096, 5120, 6144, 8192)
@@ -41,14 +43,17 @@ def load() -> Callable[..., tuple[Tensor, Tensor]]:
         site: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """As `kernels.dropout_residual_layer_norm`; the sum is rounded to the dtype of x before its statistics."""
+        if len(x_td) == 0:  # an empty grid is an error
+            return plain(x_td, residual_td, weight_d, bias_d, eps)
         z_td = dropout(x_td, dropout_p, dropout_keys_t, site)
         if residual_td is not None:
             z_td = (z_td + residual_td).to(x_td.dtype)
         weight_d, bias_d = weight_d.to(x_td.dtype), bias_d.to(x_td.dtype)
-        if FastLayerNormFN is not None and x_td.shape[1] in FAST_SIZES:
-            y_td = FastLayerNormFN.apply(z_td, weight_d, bias_d, eps, False)  # the last: not to rebuild from the output
-        else:
-            y_td = fused_layer_norm_affine(z_td, weight_d, bias_d, x_td.shape[1:], eps)
+        with torch.autocast(x_td.device.type, enabled=False):  # it would round fp32 input
+            if FastLayerNormFN is not None and x_td.shape[1] in FAST_SIZES:
+                y_td = FastLayerNormFN.apply(z_td, weight_d, bias_d, eps, False)  # the last: not to rebuild from the output
+            else:
+                y_td = fused_layer_norm_affine(z_td, weight_d, bias_d, x_td.shape[1:], eps)
         return y_td, y_td
 
     return dropout_residual_layer_norm

@@ -15,6 +15,9 @@ from torch import Tensor
 from kernels.choice import chosen
 from kernels.plain.attention import MAX_SEQUENCE
 from kernels.plain.cross_entropy import IGNORE_INDEX
+from kernels.random import drop_threshold
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def attention(
@@ -41,14 +44,15 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a sequence longer than MAX_SEQUENCE, or `cu_seqlens` that do
-            not cover the tokens. On a GPU the last is found by the device, as a failed assertion, without waiting for it.
+            not cover the tokens. On a GPU the last is found by the device, as a failed assertion, without waiting for it;
+            under torch.compile it is not looked for.
     """
     if qkv_t3hd.ndim != 4 or qkv_t3hd.shape[1] != 3:
         raise ValueError(f"attention: qkv is {list(qkv_t3hd.shape)}, expected [tokens, 3, heads, head dim]")
     if max_seqlen > MAX_SEQUENCE:
         raise ValueError(f"attention: a sequence of {max_seqlen} tokens is over the limit of {MAX_SEQUENCE}")
     _check_float("attention", "qkv", qkv_t3hd)
-    _check_keys("attention", qkv_t3hd, dropout_keys_t)
+    _check_dropout("attention", qkv_t3hd, dropout_p, dropout_keys_t)
     _check_sequences(cu_seqlens, max_seqlen, qkv_t3hd)
     return chosen("attention", qkv_t3hd)(
         qkv_t3hd, cu_seqlens, max_seqlen, dropout_p=dropout_p, dropout_keys_t=dropout_keys_t, site=site
@@ -94,7 +98,7 @@ def dropout_residual_layer_norm(
     for label, tensor in (("x", x_td), ("residual", residual_td), ("weight", weight_d), ("bias", bias_d)):
         if tensor is not None:
             _check_float(name, label, tensor, x_td.device)
-    _check_keys(name, x_td, dropout_keys_t)
+    _check_dropout(name, x_td, dropout_p, dropout_keys_t)
     return chosen("layer_norm", x_td)(
         x_td, residual_td, weight_d, bias_d, eps, dropout_p=dropout_p, dropout_keys_t=dropout_keys_t, site=site
     )
@@ -116,7 +120,7 @@ def geglu(x_t2f: Tensor, *, dropout_p: float = 0.0, dropout_keys_t: Tensor | Non
     if x_t2f.ndim != 2 or x_t2f.shape[1] % 2:
         raise ValueError(f"geglu: x is {list(x_t2f.shape)}, expected [tokens, 2 * features]")
     _check_float("geglu", "x", x_t2f)
-    _check_keys("geglu", x_t2f, dropout_keys_t)
+    _check_dropout("geglu", x_t2f, dropout_p, dropout_keys_t)
     return chosen("geglu", x_t2f)(x_t2f, dropout_p=dropout_p, dropout_keys_t=dropout_keys_t, site=site)
 
 
@@ -127,8 +131,9 @@ def masked_cross_entropy(
 
     Args:
         logits_mv: [rows, vocabulary], any float dtype; rows were gathered at the masked positions. Triton's backward pass
-            writes their gradient over them, so they are not to be read after it, and it can be run once.
-        labels_m: int64 [rows].
+            writes their gradient over them (over a copy, where they are a leaf): they are not to be read after it, no other
+            loss may need them, and it can be run once.
+        labels_m: int64 [rows]. One outside of the vocabulary is an IndexError in PyTorch; with Triton the loss is NaN.
 
     Returns:
         (the sum, an fp32 scalar, fp64 for fp64 input; the number of such rows, int64; in how many of them the label has the
@@ -170,18 +175,19 @@ def dropout(x_td: Tensor, p: float, keys_t: Tensor | None, site: int) -> Tensor:
     if p == 0.0 or keys_t is None:
         return x_td
     _check_float("dropout", "x", x_td)
-    _check_keys("dropout", x_td, keys_t)
+    _check_dropout("dropout", x_td, p, keys_t)
     return chosen("dropout", x_td)(x_td, p, keys_t, site)
 
 
 def _check_float(operation: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"{operation}: {name} is {x.dtype}, expected a float dtype")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{operation}: {name} is {x.dtype}, expected a float dtype: bf16, fp16, fp32 or fp64")
     if device is not None and x.device != device:
         raise ValueError(f"{operation}: {name} is on {x.device}, x on {device}")
 
 
-def _check_keys(operation: str, x: Tensor, keys_t: Tensor | None) -> None:
+def _check_dropout(operation: str, x: Tensor, p: float, keys_t: Tensor | None) -> None:
+    drop_threshold(p)  # raises where p is no probability
     if keys_t is None:
         return
     if keys_t.shape != x.shape[:1] or keys_t.dtype != torch.int64 or keys_t.device != x.device:
@@ -192,7 +198,7 @@ def _check_keys(operation: str, x: Tensor, keys_t: Tensor | None) -> None:
 
 
 # The `cu_seqlens` that were looked at last, its version, and what it was found to fit: all layers of a model share one.
-_checked: tuple[weakref.ref[Tensor], int, int, int] | None = None
+_checked: tuple[weakref.ref[Tensor], tuple[int, int, int]] | None = None
 
 
 def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, qkv_t3hd: Tensor) -> None:
@@ -207,8 +213,8 @@ def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, qkv_t3hd: Tensor) -> N
         raise ValueError("attention: cu_seqlens is empty; it has one entry more than there are sequences")
     if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
         return
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    if _checked is not None and _checked[0]() is cu_seqlens and _checked[1:] == (version, tokens, max_seqlen):
+    facts = None if cu_seqlens.is_inference() else (cu_seqlens._version, tokens, max_seqlen)  # those don't count changes
+    if facts is not None and _checked is not None and _checked[0]() is cu_seqlens and _checked[1] == facts:
         return
     lengths = cu_seqlens.diff()
     fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (lengths >= 0).all() & (lengths <= max_seqlen).all()
@@ -220,4 +226,4 @@ def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, qkv_t3hd: Tensor) -> N
             raise ValueError(message)
     else:
         torch._assert_async(fits, message)
-    _checked = (weakref.ref(cu_seqlens), version, tokens, max_seqlen)
+    _checked = None if facts is None else (weakref.ref(cu_seqlens), facts)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 import kernels
-from data_prep.cli import InputError
+from data_prep.cli import InputError, one_line
 from kernels import choice, interpreter
 from kernels.choice import Sizes
 from kernels.random import fork
 
-# What is allowed on top of twice the twin's own error: sums in another order, softmax weights rounded for tensor cores, and a
-# GPU's fast exponential and products of three TF32 parts (fp32), which the interpreter doesn't show.
+# What is allowed on top of twice the twin's own error: sums in another order, softmax weights rounded for tensor cores, and
+# a GPU's fast exponential and products of three TF32 parts (fp32), which the interpreter doesn't show.
 SLACK = {torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT_P, SITE = 0.1, 9
@@ -85,14 +85,25 @@ def attention_case(dtype: torch.dtype, heads: int, dim: int, lengths: Sequence[i
     return Case(name, "attention", dtype, lambda: {"qkv": _normal(tokens, 3, heads, dim, seed=1)}, run)
 
 
-def layer_norm_case(dtype: torch.dtype, hidden: int, tokens: int, residual: bool = True, dropout_p: float = 0.0) -> Case:
-    """Dropout, residual sum and LayerNorm; both of its results are used."""
+def layer_norm_case(
+    dtype: torch.dtype,
+    hidden: int,
+    tokens: int,
+    residual: bool = True,
+    dropout_p: float = 0.0,
+    twice: bool = True,
+    wide_weights: bool = False,
+) -> Case:
+    """Dropout, residual sum and LayerNorm. `twice`: both results are used; `wide_weights`: weight and bias are fp32."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Outputs:
         keys_t = _keys(tokens).to(x.device) if dropout_p else None
-        return kernels.dropout_residual_layer_norm(
+        if wide_weights:
+            weight, bias = weight.to(wide_of(x)), bias.to(wide_of(x))
+        out = kernels.dropout_residual_layer_norm(
             x, residual, weight, bias, 1e-12, dropout_p=dropout_p, dropout_keys_t=keys_t, site=SITE
         )
+        return out if twice else out[:1]
 
     def make() -> dict[str, Tensor]:
         inputs = {
@@ -103,6 +114,7 @@ def layer_norm_case(dtype: torch.dtype, hidden: int, tokens: int, residual: bool
         return inputs | ({"residual": _normal(tokens, hidden, seed=4)} if residual else {})
 
     name = f"hidden {hidden}, {tokens} tokens{', residual' if residual else ''}{_dropped(dropout_p)}"
+    name += f"{'' if twice else ', used once'}{', fp32 weights' if wide_weights else ''}"
     return Case(name, "layer_norm", dtype, make, run)
 
 
@@ -116,16 +128,21 @@ def geglu_case(dtype: torch.dtype, features: int, tokens: int, dropout_p: float 
 
 
 def cross_entropy_case(dtype: torch.dtype, vocabulary: int, rows: int) -> Case:
-    """Every fifth row is ignored."""
+    """Every fifth row is ignored, and most of the others are right."""
     labels_m = torch.arange(rows) * 7919 % vocabulary
     labels_m[::5] = kernels.IGNORE_INDEX
 
+    def make() -> dict[str, Tensor]:
+        logits_mv = _normal(rows, vocabulary, seed=1)
+        logits_mv[torch.arange(rows), labels_m.clamp(min=0)] += 3
+        return {"logits": 2 * logits_mv}
+
     def run(logits: Tensor) -> Outputs:
         # Over a copy: an implementation may write its gradient over the logits.
-        return kernels.masked_cross_entropy(logits.clone(), labels_m.to(logits.device))[:1]
+        return kernels.masked_cross_entropy(logits.clone(), labels_m.to(logits.device))
 
     name = f"vocabulary {vocabulary}, {rows} rows"
-    return Case(name, "cross_entropy", dtype, lambda: {"logits": 3 * _normal(rows, vocabulary, seed=1)}, run)
+    return Case(name, "cross_entropy", dtype, make, run)
 
 
 def dropout_case(dtype: torch.dtype, width: int, tokens: int) -> Case:
@@ -133,6 +150,10 @@ def dropout_case(dtype: torch.dtype, width: int, tokens: int) -> Case:
         return (kernels.dropout(x, DROPOUT_P, _keys(tokens).to(x.device), SITE),)
 
     return Case(f"width {width}, {tokens} tokens", "dropout", dtype, lambda: {"x": _normal(tokens, width, seed=1)}, run)
+
+
+def wide_of(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _dropped(p: float) -> str:
@@ -144,14 +165,26 @@ def _short(lengths: Sequence[int]) -> str:
 
 
 def trials(operation: str, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
-    """The cases that decide at the start of a run whether an implementation is used: its sizes, few tokens."""
+    """The cases that decide at the start of a run whether an implementation is used.
+
+    Few tokens, and between them every kernel that a model of these sizes launches, in training and in evaluation.
+    """
     if operation == "attention":
-        lengths = [37, 1, 90] if sizes.longest <= 128 else [37, 1, 90, 200]
-        return [attention_case(dtype, sizes.heads, sizes.hidden // sizes.heads, lengths)]
+        dim = sizes.hidden // sizes.heads
+        # Sequences up to 128 tokens have kernels by the power of two that holds them; longer ones share one.
+        longest = [length for length in (16, 32, 64, 128, 200) if length < 2 * sizes.longest]
+        cases = [attention_case(dtype, sizes.heads, dim, [5, 1, length]) for length in longest]
+        if sizes.attention_dropout:
+            cases.append(attention_case(dtype, sizes.heads, dim, [5, 1, longest[-1]], sizes.attention_dropout))
+        return cases
     if operation == "layer_norm":
-        return [layer_norm_case(dtype, sizes.hidden, 40, dropout_p=p) for p in (0.0, DROPOUT_P)]
+        return [
+            layer_norm_case(dtype, sizes.hidden, 40, dropout_p=DROPOUT_P),
+            layer_norm_case(dtype, sizes.hidden, 40, wide_weights=True),
+            layer_norm_case(dtype, sizes.hidden, 40, residual=False, twice=False),
+        ]
     if operation == "geglu":
-        return [geglu_case(dtype, sizes.intermediate, 40, DROPOUT_P)]
+        return [geglu_case(dtype, sizes.intermediate, 40, p) for p in (0.0, DROPOUT_P)]
     if operation == "cross_entropy":
         return [cross_entropy_case(dtype, sizes.vocabulary, 20)]
     return [dropout_case(dtype, sizes.hidden, 40)]
@@ -175,7 +208,8 @@ def cases(dtypes: Sequence[torch.dtype], small: bool) -> Iterator[Case]:
         for hidden in (192, 768) if small else (64, 192, 512, 768, 1024, 2560):
             for p in (0.0, DROPOUT_P):
                 yield layer_norm_case(dtype, hidden, tokens, residual=True, dropout_p=p)
-        yield layer_norm_case(dtype, 768, tokens, residual=False)
+        yield layer_norm_case(dtype, 768, tokens, residual=False, twice=False)
+        yield layer_norm_case(dtype, 768, tokens, wide_weights=True)
         for features in (200,) if small else (200, 2048, 3072, 4100):
             for p in (0.0, DROPOUT_P):
                 yield geglu_case(dtype, features, tokens, p)
@@ -193,6 +227,7 @@ def measure(case: Case, device: torch.device) -> list[Error]:
         twin = results(case, inputs, device)
     errors = []
     for name, exact in truth.items():
+        exact = exact.double()
         largest = exact.abs().max().clamp(min=1e-30)
         mine, its = (float((result[name].double() - exact).abs().max() / largest) for result in (ours, twin))
         errors.append(Error(name, mine, its, 2 * its + SLACK[case.dtype]))
@@ -203,8 +238,9 @@ def results(case: Case, inputs: dict[str, Tensor], device: torch.device) -> dict
     """Outputs of the chosen implementation, and gradients of the inputs for random gradients of the outputs."""
     leaves = {name: value.detach().clone().to(device).requires_grad_() for name, value in inputs.items()}
     outputs = case.run(**leaves)
-    weights = [_normal(*output.shape, seed=90 + number).to(case.dtype) for number, output in enumerate(outputs)]
-    torch.autograd.backward(outputs, [w.to(device, output.dtype) for w, output in zip(weights, outputs, strict=True)])
+    smooth = [output for output in outputs if output.is_floating_point()]  # the others are counts
+    weights = [_normal(*output.shape, seed=90 + number).to(case.dtype) for number, output in enumerate(smooth)]
+    torch.autograd.backward(smooth, [w.to(device, output.dtype) for w, output in zip(weights, smooth, strict=True)])
     results = {f"output {number}": output.detach() for number, output in enumerate(outputs)}
     return results | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -221,20 +257,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         device = torch.device("cpu")
     asked = [args.operation] if args.operation else list(choice.OPERATIONS)
     wanted = {operation: args.implementation for operation in asked if args.implementation in choice.OPERATIONS[operation]}
-    rows, failed = [], 0
+    if not wanted:
+        raise InputError(f"--operation {args.operation}: {args.implementation} does not compute it")
+    rows: list[dict[str, Any]] = []
+    failed = 0
     try:
         with choice.using(**wanted):
             print(f"{'operation':14} {'dtype':5} {'case':58} {'worst result':24} {'error':>8} {'PyTorch':>8} {'allowed':>8}")
             for case in cases([DTYPES[name] for name in args.dtype], small=device.type == "cpu"):
                 if case.operation not in wanted:
                     continue
-                errors = measure(case, device)
+                dtype = next(name for name, value in DTYPES.items() if value == case.dtype)
+                line = f"{case.operation:14} {dtype:5} {case.name:58}"
+                try:
+                    errors = measure(case, device)
+                except (RuntimeError, ValueError) as error:
+                    failed += 1
+                    print(f"{line} FAILED: {one_line(error)}", flush=True)
+                    rows.append(
+                        {"operation": case.operation, "dtype": dtype, "case": case.name, "fits": False, "errors": {}}
+                    )
+                    continue
                 worst = max(errors, key=lambda error: error.value / error.allowed if error.value == error.value else 1e9)
                 fits = all(error.fits for error in errors)
                 failed += not fits
-                dtype = next(name for name, value in DTYPES.items() if value == case.dtype)
-                line = f"{case.operation:14} {dtype:5} {case.name:58} {worst.of:24} {worst.value:8.1e} {worst.twin:8.1e}"
-                print(f"{line} {worst.allowed:8.1e}{'' if fits else '  WRONG'}", flush=True)
+                line += f" {worst.of:24} {worst.value:8.1e} {worst.twin:8.1e} {worst.allowed:8.1e}"
+                print(f"{line}{'' if fits else '  WRONG'}", flush=True)
                 rows.append(
                     {"operation": case.operation, "dtype": dtype, "case": case.name, "fits": fits}
                     | {"errors": {error.of: [error.value, error.twin, error.allowed] for error in errors}}
@@ -242,7 +290,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     except choice.Unavailable as error:
         raise InputError(str(error)) from None
     if failed:
-        raise RuntimeError(f"{failed} of {len(rows)} cases do not fit; see the lines that say WRONG")
+        raise RuntimeError(f"{failed} of {len(rows)} cases do not fit; see the lines that say WRONG or FAILED")
     return {
         "cases": rows,
         "device": _device_name(device),

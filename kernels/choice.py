@@ -2,6 +2,9 @@
 
 `auto` takes the first implementation that runs on this device and agrees with PyTorch there; one that was asked for by name
 and can't run is an error with the reason. Either way the choice is said. Before anything is chosen PyTorch computes all.
+
+    for line in kernels.choose(torch.device("cuda"), torch.bfloat16, kernels.Sizes(768, 12, 3072, 4096, longest=512)):
+        print(line)
 """
 
 from __future__ import annotations
@@ -45,14 +48,14 @@ class Sizes:
     intermediate: int
     vocabulary: int
     longest: int  # tokens of the longest sequence
-
-
-Chosen = dict[str, tuple[str, Callable[..., Any]]]
-_chosen: Chosen = {}
+    attention_dropout: float = 0.0
 
 
 def load(operation: str, implementation: str) -> Callable[..., Any]:
     """The function of an implementation. Unavailable where what it stands on can't be imported or is too old or too new."""
+    if implementation not in OPERATIONS.get(operation, ()):
+        known = "; ".join(f"{known}: {', '.join(names)}" for known, names in OPERATIONS.items())
+        raise ValueError(f"there is no {operation} by {implementation!r}; there are {known}")
     if implementation == "apex":
         from kernels import apex
 
@@ -78,10 +81,11 @@ def check_triton() -> None:
         interpreter.install()
 
 
+_chosen = {operation: ("torch", load(operation, "torch")) for operation in OPERATIONS}
+
+
 def chosen(operation: str, x: Tensor) -> Callable[..., Any]:
     """The function that computes `operation`, for input x. ValueError where it needs a GPU and x is not on one."""
-    if operation not in _chosen:
-        _chosen[operation] = "torch", load(operation, "torch")
     implementation, function = _chosen[operation]
     if implementation != "torch" and x.device.type == "cpu" and not _can_take_cpu_tensors():
         raise ValueError(f"{operation}: computed by {implementation}, which needs a GPU; the input is on the CPU")
@@ -97,7 +101,7 @@ compiling_only = False  # set while kernels are compiled for a GPU that isn't th
 
 def implementations() -> dict[str, str]:
     """The name of what computes each operation."""
-    return {operation: _chosen.get(operation, ("torch", None))[0] for operation in OPERATIONS}
+    return {operation: name for operation, (name, _) in _chosen.items()}
 
 
 @contextlib.contextmanager
@@ -119,12 +123,17 @@ def obstacles(
 
     Tried are the one that a request names, and for `auto` all before the first that works. Each runs forward and backward
     on a few tokens with the model's sizes, and is compared with PyTorch in fp64 (`kernels.check`).
+
+    Raises RuntimeError where the trial says nothing about the implementation: a disk or memory failed, or the GPU is broken.
     """
     found: dict[tuple[str, str], str] = {}
     for operation, request in requests.items():
         if request == AUTO and device.type == "cpu":
             continue
         for implementation in OPERATIONS[operation] if request == AUTO else (request,):
+            if request == AUTO and operation == "attention" and implementation == "triton" and dtype == torch.float32:
+                found[operation, implementation] = "in fp32 it is slow; ask for it by name"
+                continue
             reason = _obstacle(operation, implementation, device, dtype, sizes)
             if reason is None:
                 break
@@ -147,9 +156,21 @@ def _obstacle(operation: str, implementation: str, device: torch.device, dtype: 
                 for error in check.measure(case, device):
                     if not error.fits:
                         return f"{case.name}: {error}"
+    except (OSError, torch.OutOfMemoryError) as error:
+        raise RuntimeError(f"{operation} by {implementation} could not be tried: {_first_line(error)}") from error
     except Exception as error:  # a compiler has many ways to fail, and any of them is a reason
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except Exception as broken:  # a kernel wrote where it must not: this process can't use the GPU any more
+                what = f"{operation} by {implementation} broke the GPU's context ({_first_line(broken)})"
+                raise RuntimeError(f"{what}; choose another by name") from error
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def use(requests: Mapping[str, str], found: Mapping[tuple[str, str], str], device: torch.device) -> dict[str, str]:
@@ -180,3 +201,17 @@ def describe(names: Mapping[str, str], found: Mapping[tuple[str, str], str]) -> 
     lines = ["kernels: " + ", ".join(f"{operation} {name}" for operation, name in names.items())]
     lines += [f"kernels: {operation}: not {name}: {reason}" for (operation, name), reason in found.items()]
     return lines
+
+
+def choose(device: torch.device, dtype: torch.dtype, sizes: Sizes, requests: Mapping[str, str] | None = None) -> list[str]:
+    """Try, and choose for the rest of the process; returns the lines of `describe`.
+
+    Args:
+        device, dtype, sizes: what the kernels have to cope with.
+        requests: an implementation or "auto" by operation; None: "auto" for all.
+
+    Raises Unavailable for a request that can't run here, RuntimeError as `obstacles`.
+    """
+    requests = dict.fromkeys(OPERATIONS, AUTO) if requests is None else requests
+    found = obstacles(requests, device, dtype, sizes)
+    return describe(use(requests, found, device), found)

@@ -19,7 +19,7 @@ from kernels import check, choice, interpreter
 from kernels.check import DROPOUT_P, DTYPES, Case
 
 TENSOR_CORES = ("HGMMA", "HMMA", "v_mfma")  # wgmma of sm_90, mma.sync, AMD's matrix instructions
-COLUMNS = f"{'kernel':34} {'problem':44} {'arch':7} {'regs':>4} {'spills':>6} {'shared':>7} {'warps':>5} {'per SM':>6} "
+COLUMNS = f"{'kernel':27} {'problem':58} {'arch':7} {'regs':>4} {'spills':>6} {'shared':>7} {'warps':>5} {'per SM':>6} "
 COLUMNS += f"{'mma':>4} {'async':>5} {'all':>6}  innermost loops"
 
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     problem = f"{row['problem']} {row['dtype']}"
     return (
-        f"{row['name']:34} {problem:44} {row['arch']:7} {row['registers']:4} {row['spills']:6} {row['shared']:7} "
+        f"{row['name']:27} {problem:58} {row['arch']:7} {row['registers']:4} {row['spills']:6} {row['shared']:7} "
         f"{row['warps']:5} {row['programs'] or '':>6} {row['tensor_cores']:4} {row['async_copies']:5} "
         f"{row['instructions']:6}  "
         f"{' '.join(map(str, row['loops']))}{'' if row['fits'] else '  BAD'}"

@@ -73,8 +73,8 @@ def uniform(words: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def drop_threshold(p: float) -> int:
     """Dropout probability in units of 2^-16, as it is really applied: 0.1 becomes 6554 / 65536."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability {p} is not in [0, 1)")
+    if not 0.0 <= p < 1.0 or round(p * 65536) == 65536:
+        raise ValueError(f"dropout probability {p} is not in [0, 1), or so close to 1 that nothing would be kept")
     return round(p * 65536)
 
 

@@ -108,7 +108,7 @@ def bench(
 def _bench(config: ModelConfig, dtype: str, batch: int, length: int, steps: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    names = choose_alone(config, device, DTYPES[dtype], length)
+    names = choose_alone(config, device, DTYPES[dtype], length, choice.AUTO)
     ids_bs = torch.randint(FIRST_CONTENT, config.vocab_size, (batch, length), device=device)
     masked_bs = torch.rand(batch, length, device=device) < MASKED_SHARE
     ours = MaskedLanguageModel(config)

@@ -15,7 +15,14 @@ from pretrain.model import ModelConfig
 
 def sizes_of(model: ModelConfig, longest: int) -> Sizes:
     """What the kernels have to cope with; `longest` sequence in tokens."""
-    return Sizes(model.hidden_size, model.num_attention_heads, model.intermediate_size, model.vocab_size, longest)
+    return Sizes(
+        model.hidden_size,
+        model.num_attention_heads,
+        model.intermediate_size,
+        model.vocab_size,
+        longest,
+        model.attention_probs_dropout_prob,
+    )
 
 
 def choose(config: Config, world: World, longest: int) -> dict[str, str]:
@@ -25,19 +32,24 @@ def choose(config: Config, world: World, longest: int) -> dict[str, str]:
     """
     requests = config.kernels.model_dump()
     found = choice.obstacles(requests, world.device, DTYPES[config.train.dtype], sizes_of(config.model, longest))
+    mine = bool(found)
     every = [(operation, name) for operation, names in choice.OPERATIONS.items() for name in names if name != "torch"]
     ranks = world.sum(*((pair in found) for pair in every))
+    differ = False
     for (operation, name), count in zip(every, ranks, strict=True):
         if 0 < count < world.size:
+            differ = True
             found.setdefault((operation, name), "another rank can't use it; see what that rank's log says")
             # What comes after it in the order was tried on some ranks only.
             found |= {pair: "the ranks differ" for pair in every if pair[0] == operation and pair not in found}
-    return _use(requests, found, world.device, world.is_first)
+    return _use(requests, found, world.device, speaks=world.is_first or (mine and differ))
 
 
-def choose_alone(model: ModelConfig, device: torch.device, dtype: torch.dtype, longest: int) -> dict[str, str]:
-    """The same for a process of its own, with `auto` for every operation."""
-    requests = dict.fromkeys(choice.OPERATIONS, choice.AUTO)
+def choose_alone(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, longest: int, implementation: str
+) -> dict[str, str]:
+    """The same for a process of its own, which takes one implementation, or `auto`, for all operations."""
+    requests = dict.fromkeys(choice.OPERATIONS, implementation)
     return _use(requests, choice.obstacles(requests, device, dtype, sizes_of(model, longest)), device, speaks=True)
 
 
@@ -46,7 +58,7 @@ def _use(requests: dict[str, str], found: dict[tuple[str, str], str], device: to
         names = choice.use(requests, found, device)
     except choice.Unavailable as error:
         raise InputError(str(error)) from None
-    if speaks or found:
+    if speaks:
         for line in choice.describe(names, found):
             log(line)
     return names

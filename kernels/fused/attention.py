@@ -13,13 +13,14 @@ from torch import Tensor
 
 from kernels.fused.attention_backward import attention_backward_dkdv, attention_backward_dq
 from kernels.fused.attention_forward import attention_forward
-from kernels.fused.attention_geometry import STATISTICS_BLOCK, STATISTICS_TILE
+from kernels.fused.attention_geometry import STATISTICS_BLOCK, STATISTICS_SPARE
 from kernels.fused.attention_short import attention_short_backward, attention_short_forward
-from kernels.fused.launch import launch, tile
+from kernels.fused.launch import fitting_tile, launch, tile
 from kernels.random import drop_threshold
 
 SHORT = 128  # tokens that one program can hold
 HEAD_DIMS = (32, 64, 128)
+EDGE_16_BITS = 128  # a multiple of the queries of every tile of attention_backward_dkdv
 
 
 def _facts(qkv_t3hd: Tensor, threshold: int) -> dict[str, Any]:
@@ -39,10 +40,8 @@ def _short_tile(kernel: str, max_seqlen: int, facts: dict[str, Any]) -> dict[str
     if max_seqlen > SHORT:
         return None
     block = max(16, triton.next_power_of_2(max_seqlen))
-    try:
-        return {"BLOCK": block, **tile(kernel, block=block, **facts)}
-    except ValueError:
-        return None
+    options = fitting_tile(kernel, block=block, **facts)
+    return options and {"BLOCK": block, **options}
 
 
 @torch.library.custom_op("dnabert2::attention_forward", mutates_args=())
@@ -82,7 +81,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     tokens, _, heads, dim = qkv_t3hd.shape
     block = STATISTICS_BLOCK.value
-    rows = (tokens // block + cu_seqlens.numel() - 1) * block + STATISTICS_TILE.value  # tiles are read whole
+    rows = (tokens // block + cu_seqlens.numel() - 1) * block + STATISTICS_SPARE.value
     wide = torch.promote_types(qkv_t3hd.dtype, torch.float32)
     return qkv_t3hd.new_empty(tokens, heads, dim), qkv_t3hd.new_empty(heads, rows, dtype=wide)
 
@@ -118,7 +117,10 @@ def _backward_op(
         return grad_qkv
     constants["DROPOUT"] = threshold > 0
     statistics = lse.new_empty(2, *lse.shape, 2)
-    options = {**constants, **tile("attention_backward_dq", **facts)}
+    dkdv = {**constants, **tile("attention_backward_dkdv", **facts)}
+    # What is added to the log-sum-exp is rounded with it: the fewer tokens, the less. 16-bit types don't see the difference.
+    dkdv["EDGE"] = EDGE_16_BITS if facts["bits"] == 16 else dkdv["BLOCK_M"]
+    options = {**constants, **tile("attention_backward_dq", **facts), "EDGE": dkdv["EDGE"]}
     launch(
         attention_backward_dq,
         (tokens // options["BLOCK_M"] + sequences, heads),
@@ -126,13 +128,12 @@ def _backward_op(
         device=device,
         **options,
     )
-    options = {**constants, **tile("attention_backward_dkdv", **facts)}
     launch(
         attention_backward_dkdv,
-        (tokens // options["BLOCK_N"] + sequences, heads),
+        (tokens // dkdv["BLOCK_N"] + sequences, heads),
         *(qkv_t3hd, cu_seqlens, statistics, grad_thd, grad_qkv, keys_t, sequences, rows, site, threshold),
         device=device,
-        **options,
+        **dkdv,
     )
     return grad_qkv
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.fused.attention_forward import keep_weights, kept_scale
-from kernels.fused.attention_geometry import LOG2E, STATISTICS_TILE, alibi_slope, find_tile, split_tiles
+from kernels.fused.attention_geometry import LOG2E, alibi_slope, find_tile, split_tiles
 
 
 @triton.jit(do_not_specialize=["sequences", "site", "threshold"])
@@ -33,11 +33,12 @@ def attention_backward_dq(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """One program a tile of queries and head. It leaves two pairs a query in `statistics` for the other kernel:
 
-    the log-sum-exp, with what ALiBi adds to it for the query's distance from the first token of its STATISTICS_TILE (in the
-    second pair: from the last), and delta_i = sum_d out_id grad_out_id.
+    the log-sum-exp, with what ALiBi adds to it for the query's distance from the first of the EDGE tokens around it
+    (in the second pair: from the last), and delta_i = sum_d out_id grad_out_id.
     """
     start, length, row, first = find_tile(tl.program_id(0), cu_seqlens, sequences, BLOCK_M)
     if first >= length:
@@ -65,8 +66,8 @@ def attention_backward_dq(
     delta_m = tl.sum(o.to(wide) * do.to(wide), 1)
     place = head.to(tl.int64) * rows + row + first + m
     lse_m = tl.load(lse + place, mask=inside, other=0.0)
-    from_left = slope * SCALE * ((first + m) % STATISTICS_TILE).to(wide)
-    from_right = slope * SCALE * (STATISTICS_TILE - 1) - from_left
+    from_left = slope * SCALE * ((first + m) % EDGE).to(wide)
+    from_right = slope * SCALE * (EDGE - 1 - (first + m) % EDGE).to(wide)
     pairs = statistics + 2 * place[:, None] + tl.arange(0, 2)[None, :]
     tl.store(pairs, tl.join(lse_m + from_left, delta_m), mask=inside[:, None])
     tl.store(pairs + 2 * HEADS * rows.to(tl.int64), tl.join(lse_m + from_right, delta_m), mask=inside[:, None])
@@ -130,6 +131,7 @@ def attention_backward_dkdv(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """One program a tile of keys and head. Scores are held transposed, [keys, queries], as dk and dv take them."""
     start, length, row, first = find_tile(tl.program_id(0), cu_seqlens, sequences, BLOCK_N)
@@ -169,7 +171,7 @@ def attention_backward_dkdv(
         shift, delta_m = tl.split(tl.load(statistics + tl.where(left, other_side, 0) + 2 * i + pairs))
         score = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=wide)
         # -slope |i - j| less the part of a query, which is in `shift` already.
-        edge = i // STATISTICS_TILE * STATISTICS_TILE + tl.where(left, STATISTICS_TILE - 1, 0)
+        edge = i // EDGE * EDGE + tl.where(left, EDGE - 1, 0)
         term = tl.where(left, -slope, slope) * SCALE * (first - edge + n).to(wide)
         p = tl.exp2(score * SCALE + (term[:, None] - shift[None, :]))
         dp = tl.dot(v, do.T, input_precision=PRECISION, out_dtype=wide)
@@ -189,7 +191,7 @@ def attention_backward_dkdv(
         do = tl.load(do_head + i * (HEADS * DIM) + do_offsets, mask=inside_m[:, None], other=0.0)
         # A mask would cut this load into single words; what stands past the end is thrown away, and p is 0 there.
         shift, delta_m = tl.split(tl.load(statistics + 2 * i + pairs))
-        lse_m = tl.where(inside_m, shift - (place_m + slope * (i % STATISTICS_TILE).to(wide)) * SCALE, float("inf"))
+        lse_m = tl.where(inside_m, shift - (place_m + slope * (i % EDGE).to(wide)) * SCALE, float("inf"))
         delta_m = tl.where(inside_m, delta_m, 0.0)
         score = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=wide)
         score -= tl.abs((slope * (first - i + n).to(wide))[:, None] - place_m[None, :])

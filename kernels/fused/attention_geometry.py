@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 STATISTICS_BLOCK = tl.constexpr(16)
-STATISTICS_TILE = tl.constexpr(128)  # a multiple of the queries of every tile
+STATISTICS_SPARE = tl.constexpr(128)  # rows after the last: a tile of statistics is read whole, past the end of its sequence
 _FAN = tl.constexpr(128)  # sequences that a step of the search looks at
 
 

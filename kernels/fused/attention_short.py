@@ -1,7 +1,8 @@
-"""Kernels of attention where one program holds a whole sequence of one head, and each tensor is read once.
+"""Kernels of attention for sequences of up to 128 tokens, the training shape, which is bound by memory.
 
-Sequences of up to 128 tokens are the training shape, and are bound by memory. There is no dropout here: sequences with it,
-and those that don't fit the shared memory of a device, take the kernels for long ones.
+All keys of a sequence and head are one tile. Backward has one program for all queries too, which reads each tensor once; so
+has forward where the registers suffice, else two programs share a sequence and read its keys and values twice. There is no
+dropout here and no fp32: those, and what doesn't fit the shared memory of a device, take the kernels for long sequences.
 """
 
 import triton

@@ -193,5 +193,7 @@ def masked_cross_entropy(
     """
     if logits_mv.stride(1) != 1 or logits_mv.stride(0) < logits_mv.shape[1]:
         logits_mv = logits_mv.contiguous()
+    elif logits_mv.requires_grad and (logits_mv if logits_mv._base is None else logits_mv._base).is_leaf:
+        logits_mv = logits_mv.clone()  # a leaf's values are the caller's: no gradient is written over them
     loss, count, right, _, _ = _forward_op(logits_mv, labels_m.contiguous(), ignore_index)
     return loss, count, right

@@ -27,7 +27,7 @@ def _normal_cdf(x):
 
     In fp32 not by CUDA's error function, whose two branches cost 29 instructions, but as 2^P(-|x|) and its complement: P is
     the minimax fit of degree 8 to log2 Phi over [-5.5, 0], errors weighted by Phi^0.9, and goes on falling below -5.5. The
-    error is under 5e-8 for every x, less than that of the formula above in fp32, which cancels for negative x.
+    error is under 1e-7 for every x; a GPU's fast exp2 makes it 2e-7, a thousandth of what rounding to bf16 does.
     """
     if x.dtype == tl.float64:
         return 0.5 * (1 + tl.erf(x * _SQRT_HALF))

@@ -26,29 +26,51 @@ def device_limits() -> tuple[int | str, int]:
     """Architecture (90 for sm_90, "gfx942", "interpreter") and shared memory a program may use, in bytes."""
     if interpreter.active():
         return "interpreter", INTERPRETER_SHARED
-    properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
+    return _limits(driver.active.get_current_device())
+
+
+@cache
+def _limits(device: int) -> tuple[int | str, int]:
+    """Of a device by number; asking the driver takes longer than a launch."""
+    properties = driver.active.utils.get_device_properties(device)
     return driver.active.get_current_target().arch, properties["max_shared_mem"]
 
 
+@cache
+def multiprocessors(device: int) -> int:
+    """How many multiprocessors a device has, by its number."""
+    return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+
+
 def tile(kernel: str, **facts: Any) -> dict[str, Any]:
-    """Block sizes and launch options of the first row of `kernel` that is meant for these facts and fits this device.
+    """Block sizes and launch options of the first row of `kernel` that is meant for these facts and fits the current device.
 
     `facts` describe the problem (`head_dim=64, bits=16, dropout=False`). A row's entry of the same name must be equal to
     the fact, or a list that holds it; a row without the entry serves all. Its `arch`, a list, is compared in the same way.
 
     Raises ValueError where no row does: the kernel can't run this problem on this device.
     """
-    return dict(_tile(kernel, *device_limits(), tuple(sorted(facts.items()))))
+    found = fitting_tile(kernel, **facts)
+    if found is None:
+        problem = ", ".join(f"{name} {value}" for name, value in facts.items())
+        arch, shared = device_limits()
+        raise ValueError(f"{kernel} has no tile for {problem} on {arch} with {shared} bytes of shared memory (tiles.yaml)")
+    return found
+
+
+def fitting_tile(kernel: str, **facts: Any) -> dict[str, Any] | None:
+    """The same, or None where no row fits."""
+    found = _tile(kernel, *device_limits(), tuple(facts.items()))
+    return None if found is None else dict(found)
 
 
 @cache
-def _tile(kernel: str, arch: int | str, shared: int, facts: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def _tile(kernel: str, arch: int | str, shared: int, facts: tuple[tuple[str, Any], ...]) -> dict[str, Any] | None:
     wanted = {**dict(facts), "arch": arch}
     for row in TILES[kernel]:
         if row["shared"] <= shared and all(_fits(row[name], wanted[name]) for name in row.keys() & wanted.keys()):
             return {name: value for name, value in row.items() if name not in wanted and name != "shared"}
-    problem = ", ".join(f"{name} {value}" for name, value in facts)
-    raise ValueError(f"{kernel} has no tile for {problem} on {arch} with {shared} bytes of shared memory (tiles.yaml)")
+    return None
 
 
 def _fits(entry: Any, fact: Any) -> bool:
@@ -56,7 +78,7 @@ def _fits(entry: Any, fact: Any) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **options: Any) -> None:
-    """Start a Triton kernel on `device`, which need not be the current one. An empty grid starts nothing.
+    """Start a Triton kernel on `device`, which need not be the current one, but of its kind. An empty grid starts nothing.
 
     Fused multiply-adds are asked for: without them inner loops grow by a tenth, and they stop being Triton's default.
     """

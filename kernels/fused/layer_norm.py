@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from kernels import interpreter
-from kernels.fused.launch import launch, tile
+from kernels.fused.launch import launch, multiprocessors, tile
 from kernels.fused.random import drop_runs, fork
 from kernels.random import drop_threshold
 
@@ -194,9 +194,7 @@ def layer_norm_sum_kernel(
 
 
 def _multiprocessors() -> int:
-    if interpreter.active():
-        return 2
-    return int(driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"])
+    return 2 if interpreter.active() else multiprocessors(driver.active.get_current_device())
 
 
 def _tile(kernel: str, x_td: Tensor, threshold: int) -> dict[str, Any]:

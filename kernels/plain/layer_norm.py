@@ -24,6 +24,6 @@ def dropout_residual_layer_norm(
     wide = torch.promote_types(x_td.dtype, torch.float32)
     z = dropout(x_td.to(wide), dropout_p, dropout_keys_t, site)
     if residual_td is not None:
-        z = z + residual_td
+        z = z + residual_td.to(wide)
     y_td = F.layer_norm(z, z.shape[-1:], weight_d.to(wide), bias_d.to(wide), eps).to(x_td.dtype)
     return y_td, y_td
