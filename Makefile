@@ -18,8 +18,8 @@ test: lint
 # The interpreter has to be asked for before Triton is imported, so these tests have processes of their own.
 test-kernels: $(TRITONS:%=test-triton-%)
 test-triton-%: .venv/triton-%/.ready
-	PYTHONPATH=.venv/triton-$* TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/interpreted
-	PYTHONPATH=.venv/triton-$* $(BIN)/python -m pytest -n 2 tests/kernels/compiled
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/interpreted
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(BIN)/python -m pytest -n 2 tests/kernels/compiled
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import choice
 
 QKV = torch.randn(6, 3, 2, 8)
 CU = torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -34,9 +35,12 @@ def test_cu_seqlens_are_looked_at_again_when_they_change():
         kernels.attention(QKV, cu_seqlens, 4)
 
 
-def test_cu_seqlens_made_for_inference_are_looked_at_too():
+def test_cu_seqlens_made_for_inference_are_looked_at_every_time():
+    """They don't count their changes."""
     with torch.inference_mode():
-        cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+        cu_seqlens = CU.clone()
+        kernels.attention(QKV, cu_seqlens, 4)
+        cu_seqlens[2] = 5
         with pytest.raises(ValueError, match="does not fit"):
             kernels.attention(QKV, cu_seqlens, 4)
 
@@ -58,8 +62,26 @@ def test_cu_seqlens_made_for_inference_are_looked_at_too():
         (lambda: kernels.masked_cross_entropy(X, KEYS[:5]), r"labels \[5\]"),
         (lambda: kernels.masked_cross_entropy(X, KEYS.int()), "labels are torch.int32"),
         (lambda: kernels.dropout(X[0], 0.1, KEYS, 0), r"x is \[16\]"),
+        (lambda: kernels.attention(QKV, CU, 4, dropout_p=2.0), "probability 2.0 is not in"),
+        (lambda: kernels.geglu(X, dropout_p=0.999999, dropout_keys_t=KEYS), "0.999999 is .*nothing would be kept"),
+        (lambda: kernels.geglu(X.to(torch.float8_e4m3fn)), "x is torch.float8_e4m3fn, expected a float dtype: bf16"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_implementation_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(ValueError, match=r"no geglu by 'foo'.*layer_norm: triton, apex, torch"):
+        choice.load("geglu", "foo")
+    with pytest.raises(ValueError, match=r"no geglu by 'foo'"), choice.using(geglu="foo"):
+        pass
+    assert choice.implementations()["geglu"] == "torch"
+
+
+def test_on_a_cpu_pytorch_is_chosen_and_said():
+    before = choice.implementations()
+    lines = kernels.choose(torch.device("cpu"), torch.float32, kernels.Sizes(64, 2, 64, 32, longest=128))
+    assert lines == ["kernels: attention torch, layer_norm torch, geglu torch, cross_entropy torch, dropout torch"]
+    assert choice.implementations() == before

@@ -41,6 +41,27 @@ def test_auto_goes_on_to_the_next_and_says_why():
     assert "kernels: attention: not triton: the compiler failed" in choice.describe(names, found)
 
 
+def test_auto_leaves_attention_in_fp32_to_pytorch_and_says_why(monkeypatch):
+    monkeypatch.setattr(choice, "_obstacle", lambda *_: None)  # as on a GPU where everything works
+    gpu = torch.device("cuda")
+    found = choice.obstacles(EVERYTHING_AUTO, gpu, torch.float32, SIZES)
+    assert list(found) == [("attention", "triton")] and "by name" in found["attention", "triton"]
+    assert choice.obstacles(EVERYTHING_AUTO | {"attention": "triton"}, gpu, torch.float32, SIZES) == {}
+    assert choice.obstacles(EVERYTHING_AUTO, gpu, torch.bfloat16, SIZES) == {}
+
+
+def test_a_full_disk_is_no_obstacle_but_an_error(monkeypatch):
+    """It says nothing about the kernel; the run that goes on without it would be slow for no reason."""
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(choice, "compiling_only", True)  # lets CPU tensors pass
+    monkeypatch.setattr(choice, "load", lambda *_: full)
+    with pytest.raises(RuntimeError, match="geglu by triton could not be tried: No space left on device"):
+        choice.obstacles({"geglu": "triton"}, CPU, torch.bfloat16, SIZES)
+
+
 def test_without_triton_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(choice.Unavailable, match="pip install"):

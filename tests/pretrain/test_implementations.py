@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.cli import InputError
 from pretrain.config import load_config
-from tests.commands import pretrain
+from tests.commands import pretrain, python
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -33,3 +33,16 @@ def test_a_checkpoint_says_what_computed(tiny_config: list[str], tmp_path: Path)
     recorded = json.loads(manifest.read_text())["state"]["implementations"]
     assert recorded["attention"] == recorded["layer_norm"] == "torch"
     assert "kernels: attention torch" in done.stderr
+
+
+def test_what_one_rank_cannot_use_none_does() -> None:
+    """Only the last rank found that Triton's LayerNorm fails, so only it tried apex: both take PyTorch's."""
+    done = python("tests/pretrain/obstacle_worker.py", ranks=2)
+    assert done.returncode == 0, done.stderr
+    names = {"attention": "triton", "layer_norm": "torch", "geglu": "torch", "cross_entropy": "triton", "dropout": "triton"}
+    for rank in (0, 1):
+        assert f"rank {rank}: {names}" in done.stdout
+    assert "rank 0: kernels.geglu=triton can't run here: another rank can't use it" in done.stdout
+    assert "rank 1: kernels.geglu=triton can't run here: this GPU is old" in done.stdout
+    assert "kernels: layer_norm: not triton: this GPU is old" in done.stderr
+    assert "kernels: layer_norm: not apex: the ranks differ" in done.stderr

@@ -79,21 +79,30 @@ def test_few_instructions_a_score_at_the_tuned_size(arch, longest, names):
         assert kernel.programs * kernel.warps >= 8, (name, kernel)
 
 
-@pytest.mark.parametrize(
-    ("longest", "options"),
-    [
-        (300, {"dim": 32, "dtype": torch.float16}),
-        (300, {"dim": 128}),
-        (128, {"dim": 128}),
-        (60, {}),
-        (10, {}),
-        (300, {"dropout_p": 0.1}),
-        (300, {"dtype": torch.float32}),
-    ],
-    ids=str,
-)
-def test_other_rows_do_not_spill(longest, options):
-    compiled("sm_80" if OLD else "sm_90", longest, **options)
+OTHER_ROWS = [
+    (10, {}),
+    (10, {"dim": 128}),
+    (30, {"dim": 32}),
+    (30, {"dim": 128}),
+    (60, {}),
+    (60, {"dim": 128}),
+    (128, {"dim": 32}),
+    (128, {"dim": 128}),
+    (300, {"dim": 32, "dtype": torch.float16}),
+    (300, {"dim": 128}),
+    (300, {"dropout_p": 0.1}),
+    (300, {"dropout_p": 0.1, "dim": 32}),
+    (300, {"dropout_p": 0.1, "dim": 128}),
+    (300, {"dtype": torch.float32}),
+    (300, {"dtype": torch.float32, "dropout_p": 0.1}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(OTHER_ROWS)), ids=lambda number: str(OTHER_ROWS[number]))
+def test_other_rows_do_not_spill(number):
+    """Each on one architecture under the old Triton, on the other under the new one."""
+    longest, options = OTHER_ROWS[number]
+    compiled(("sm_80", "sm_90")[(number + OLD) % 2], longest, **options)
 
 
 def test_amd_compiles_too():

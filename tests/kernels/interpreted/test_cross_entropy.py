@@ -8,6 +8,7 @@ import torch
 from kernels import IGNORE_INDEX
 from kernels.fused import cross_entropy as module
 from kernels.fused.cross_entropy import masked_cross_entropy
+from kernels.fused.launch import launch
 from kernels.plain.cross_entropy import masked_cross_entropy as twin
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -49,25 +50,48 @@ def test_no_less_exact_than_the_twin(dtype, vocabulary):
 
 
 def test_the_gradient_is_written_over_the_logits_and_nothing_round_them_is_touched():
-    logits, labels = make(torch.bfloat16, 37)
-    storage = torch.full((7, 64), math.nan, dtype=torch.bfloat16)
-    strided = torch.as_strided(storage, (7, 37), (64, 1), 11).copy_(logits).requires_grad_()
-    loss, _, _ = masked_cross_entropy(strided, labels)
-    assert torch.equal(strided, logits)
+    values, labels = make(torch.bfloat16, 37)
+    leaf, storage = values.clone().requires_grad_(), torch.full((7, 64), math.nan, dtype=torch.bfloat16)
+    logits = torch.as_strided(storage, (7, 37), (64, 1), 11).copy_(leaf)
+    loss, _, _ = masked_cross_entropy(logits, labels)
+    assert torch.equal(logits, values)
     loss.backward()
-    expected_loss, _, _, expected = run(masked_cross_entropy, logits, labels, scale=1.0)
-    assert torch.equal(loss, expected_loss) and torch.equal(strided, expected) and torch.equal(strided.grad, expected)
+    expected_loss, _, _, expected = run(masked_cross_entropy, values, labels, scale=1.0)
+    assert torch.equal(loss, expected_loss) and torch.equal(logits, expected) and torch.equal(leaf.grad, expected)
     assert storage[:, :11].isnan().all() and storage[:, 48:].isnan().all()
+
+
+def test_logits_that_are_a_leaf_keep_their_values():
+    values, labels = make(torch.bfloat16, 37)
+    expected = run(masked_cross_entropy, values, labels, scale=1.0)[3]
+    for logits in (leaf := values.clone().requires_grad_(), leaf.view(7, 37)):
+        leaf.grad = None
+        masked_cross_entropy(logits, labels)[0].backward()
+        assert torch.equal(leaf, values) and torch.equal(leaf.grad, expected)
 
 
 def test_rows_may_lie_more_than_2_to_the_31_elements_apart():
     """Of the 4 GB only three rows are ever touched."""
-    logits, labels = make(torch.bfloat16, 37, rows=3)
-    apart = torch.empty(2**31 + 80, dtype=torch.bfloat16).as_strided((3, 37), (2**30 + 16, 1)).copy_(logits).requires_grad_()
-    loss, _, _ = masked_cross_entropy(apart, labels)
-    loss.backward()
-    expected_loss, _, _, expected = run(masked_cross_entropy, logits, labels, scale=1.0)
+    values, labels = make(torch.bfloat16, 37, rows=3)
+    apart = torch.empty(2**31 + 80, dtype=torch.bfloat16).as_strided((3, 37), (2**30 + 16, 1))
+    loss, _, _, largest, sums = module._forward_op(apart.copy_(values), labels, IGNORE_INDEX)
+    module._backward_op(apart, labels, largest, sums, torch.tensor(1.0), IGNORE_INDEX)
+    expected_loss, _, _, expected = run(masked_cross_entropy, values, labels, scale=1.0)
     assert torch.equal(loss, expected_loss) and torch.equal(apart, expected)
+
+
+def test_the_sums_are_over_all_rows():
+    """More than the one program of `cross_entropy_sum` takes at once."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 10_007
+    losses = torch.rand(rows, generator=generator)
+    labels = torch.randint(-1, 3, (rows,), generator=generator)
+    right = torch.randint(0, 2, (rows,), generator=generator, dtype=torch.int8)
+    loss, count, right_count = torch.empty(()), torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    sums = losses, labels, right, loss, count, right_count, rows, -1
+    launch(module.cross_entropy_sum, (1,), *sums, device=losses.device, BLOCK=4096)
+    assert float(loss) == pytest.approx(float(losses.double().sum()), rel=1e-6)
+    assert (int(count), int(right_count)) == (int((labels != -1).sum()), int(right.sum()))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

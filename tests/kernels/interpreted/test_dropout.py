@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels.fused.dropout import _dropout_op, dropout
+from kernels.fused.dropout import _dropout_op, dropout, dropout_kernel
+from kernels.fused.launch import launch
 from kernels.plain.dropout import dropout as twin
 from kernels.random import fork, keep_scale
 
@@ -39,6 +40,19 @@ def test_what_lies_round_the_input_is_not_used():
     storage = torch.full((11 * 100 + 64,), math.nan)
     x = storage[32:-32].view(11, 100).fill_(1.0)
     assert dropout(x, 0.1, KEYS, 7).isfinite().all()
+
+
+def test_the_last_row_may_lie_more_than_2_to_the_31_elements_from_the_first(programs_from):
+    """Of the tensors of 4 GB only the last three rows are ever touched."""
+    tile = {"THRESHOLD": 6554, "WIDTH": 64, "ROWS": 8, "RUNS": 8}
+    program = 2**31 // (8 * 64) + 1
+    x, y = (torch.empty(8 * program + 3, 64, dtype=torch.bfloat16) for _ in range(2))
+    keys = torch.empty(8 * program + 3, dtype=torch.int64)
+    x[-3:], keys[-3:] = 1.0, KEYS[:3]
+    expected = dropout(torch.ones(3, 64, dtype=torch.bfloat16), 6554 / 65536, KEYS[:3], 7)
+    programs_from(program)
+    launch(dropout_kernel, (1, 1), x, keys, 7, y, len(x), device=x.device, **tile)
+    assert torch.equal(y[-3:], expected)
 
 
 def test_nothing_happens_without_keys_or_rows():

@@ -135,6 +135,55 @@ def test_columns_of_tiny_weight_cost_no_more_than_their_own_part_of_the_gradient
     assert (dweight - expected).abs().max() <= 8 * rounding * expected.abs().max()
 
 
+def test_the_bias_may_be_twenty_times_the_weight():
+    """The xhat that backward rebuilds from a bf16 y has a twelfth of its size in rounding errors then."""
+    tensors = make(BF16, 768, tokens=64)
+    tensors[2:4] = torch.full((768,), 0.1).bfloat16(), torch.full((768,), 2.0).bfloat16()
+    exact = run(twin, [x.double() for x in tensors], p=0.0)
+    ours = run(dropout_residual_layer_norm, tensors, p=0.0)
+    for i, allowed in ((2, 0.005), (3, 0.005), (4, 0.06), (5, 0.005)):  # dx, dresidual, dweight, dbias
+        assert (ours[i].double() - exact[i]).norm() <= allowed * exact[i].norm(), i
+
+
+def test_partial_sums_of_a_whole_gpu_are_added_up():
+    """Under the interpreter there are four programs, on an H100 264."""
+    partials = torch.randn(264, 2, 192, generator=torch.Generator().manual_seed(0), dtype=FP64)
+    sums = torch.empty(2, 192, dtype=FP64)
+    launch(
+        module.layer_norm_sum_kernel, (2, 2), partials, *sums, 264, HIDDEN=192, PROGRAMS=32, COLUMNS=128, device=sums.device
+    )
+    torch.testing.assert_close(sums, partials.sum(0), rtol=0, atol=1e-12)
+
+
+def test_the_last_row_may_lie_more_than_2_to_the_31_elements_from_the_first(programs_from):
+    """Of the tensors of 4 GB only the last rows are ever touched."""
+    hidden, block = 768, {"THRESHOLD": 6554, "HIDDEN": 768, "ROWS": 4, "RUNS": 32}
+    program = 2**31 // (4 * hidden) + 1
+    start, tokens = 4 * program, 4 * program + 3
+
+    def far(*shape, dtype=BF16):
+        return torch.empty(shape, dtype=dtype)
+
+    x, residual, weight, bias, dy, dy_again = make(BF16, hidden, tokens=3)
+    y, rstd = module.layer_norm_forward(x, residual, weight, bias, 1e-12, 6554, KEYS[:3], 9)
+    dx, dz, dweight, dbias = module.layer_norm_backward(y, dy, dy_again, weight, bias, rstd, 6554, KEYS[:3], 9)
+
+    programs_from(program)
+    x_far, residual_far, y_far, dy_far, dy_again_far, dx_far, dz_far = (far(tokens, hidden) for _ in range(7))
+    keys_far, rstd_far = far(tokens, dtype=torch.int64), far(tokens, dtype=FP32)
+    for place, value in ((x_far, x), (residual_far, residual), (dy_far, dy), (dy_again_far, dy_again), (keys_far, KEYS[:3])):
+        place[start:] = value
+    inputs = x_far, residual_far, weight, bias, keys_far, 9, y_far, rstd_far, tokens
+    launch(module.layer_norm_forward_kernel, (1,), *inputs, EPS=1e-12, device=x.device, **block)
+    assert torch.equal(y_far[start:], y) and torch.equal(rstd_far[start:], rstd)
+    partials = far(program + 1, 2, hidden, dtype=FP32)
+    inputs = y_far, dy_far, dy_again_far, weight, bias, rstd_far, keys_far, 9, dz_far, dx_far, partials, tokens
+    numbers = {"ROUNDING": 2**-9, "SMALLEST": 2**-126, "HOLD": True}
+    launch(module.layer_norm_backward_kernel, (1,), *inputs, device=x.device, **numbers, **block)
+    assert torch.equal(dx_far[start:], dx) and torch.equal(dz_far[start:], dz)
+    assert torch.equal(partials[-1].to(BF16), torch.stack([dweight, dbias]))
+
+
 def test_nothing_outside_of_the_tensors_is_read_or_written():
     tokens, hidden, guard = 5, 192, 256
 
