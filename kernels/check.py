@@ -172,10 +172,11 @@ def trials(operation: str, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     if operation == "attention":
         dim = sizes.hidden // sizes.heads
         # Sequences up to 128 tokens have kernels by the power of two that holds them; longer ones share one.
-        longest = [length for length in (16, 32, 64, 128, 200) if length < 2 * sizes.longest]
-        cases = [attention_case(dtype, sizes.heads, dim, [5, 1, length]) for length in longest]
+        lengths = [length for length in (16, 32, 64, 128) if length < 2 * sizes.longest]
+        lengths += [200] if sizes.longest > 128 else []
+        cases = [attention_case(dtype, sizes.heads, dim, [5, 1, length]) for length in lengths]
         if sizes.attention_dropout:
-            cases.append(attention_case(dtype, sizes.heads, dim, [5, 1, longest[-1]], sizes.attention_dropout))
+            cases.append(attention_case(dtype, sizes.heads, dim, [5, 1, lengths[-1]], sizes.attention_dropout))
         return cases
     if operation == "layer_norm":
         return [

@@ -157,7 +157,8 @@ def _obstacle(operation: str, implementation: str, device: torch.device, dtype: 
                     if not error.fits:
                         return f"{case.name}: {error}"
     except (OSError, torch.OutOfMemoryError) as error:
-        raise RuntimeError(f"{operation} by {implementation} could not be tried: {_first_line(error)}") from error
+        where = "; TRITON_CACHE_DIR says where Triton writes" if isinstance(error, OSError) else ""
+        raise RuntimeError(f"{operation} by {implementation} could not be tried: {_first_line(error)}{where}") from error
     except Exception as error:  # a compiler has many ways to fail, and any of them is a reason
         if device.type == "cuda":
             try:
