@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from data_prep.cli import InputError, log
@@ -42,7 +45,11 @@ def choose(config: Config, world: World, longest: int) -> dict[str, str]:
             found.setdefault((operation, name), "another rank can't use it; see what that rank's log says")
             # What comes after it in the order was tried on some ranks only.
             found |= {pair: "the ranks differ" for pair in every if pair[0] == operation and pair not in found}
-    return _use(requests, found, world.device, speaks=world.is_first or (mine and differ))
+    with _unavailable_is_bad_input():
+        names = choice.use(requests, found, world.device)
+    if world.is_first or (mine and differ):
+        _log(choice.describe(names, found))
+    return names
 
 
 def choose_alone(
@@ -50,15 +57,19 @@ def choose_alone(
 ) -> dict[str, str]:
     """The same for a process of its own, which takes one implementation, or `auto`, for all operations."""
     requests = dict.fromkeys(choice.OPERATIONS, implementation)
-    return _use(requests, choice.obstacles(requests, device, dtype, sizes_of(model, longest)), device, speaks=True)
+    with _unavailable_is_bad_input():
+        _log(choice.choose(device, dtype, sizes_of(model, longest), requests))
+    return choice.implementations()
 
 
-def _use(requests: dict[str, str], found: dict[tuple[str, str], str], device: torch.device, speaks: bool) -> dict[str, str]:
+@contextmanager
+def _unavailable_is_bad_input() -> Iterator[None]:
     try:
-        names = choice.use(requests, found, device)
+        yield
     except choice.Unavailable as error:
         raise InputError(str(error)) from None
-    if speaks:
-        for line in choice.describe(names, found):
-            log(line)
-    return names
+
+
+def _log(lines: list[str]) -> None:
+    for line in lines:
+        log(line)
