@@ -29,6 +29,7 @@ from pretrain.engine import build_engine, learning_rate, set_learning_rate
 from pretrain.implementations import choose
 from pretrain.interval import Interval
 from pretrain.lease import Lease
+from pretrain.lives import record_life
 from pretrain.loader import Loader, MaskedBatch, open_dataset
 from pretrain.metrics import Metrics
 from pretrain.prefetch import Prefetch
@@ -171,6 +172,8 @@ class _Run:
         run_directory.describe(self.config, self.run_dir, dataset)
         self.metrics = Metrics(self.run_dir, self.step, self.config.train.max_steps)
         self.bad_steps_file = BadStepsFile(self.run_dir, self.step)
+        if self.step < self.last:
+            record_life(self.run_dir, self.life, self.world.size, self.step)
 
     def let_save_end(self, failure: BaseException | None) -> None:
         """A rank that was lost won't let it end: it is not waited for long."""

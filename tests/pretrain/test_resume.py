@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import checkpoint
+from pretrain.lives import read_lives
 from tests.commands import ENVIRONMENT, ROOT, exit_status, losses, metrics, pretrain, python, result
 
 WORKERS = Path(__file__).parent
@@ -53,6 +54,7 @@ def test_going_back_sets_later_steps_aside_once_and_may_change_the_optimizer(
     again = pretrain(*command)  # as a job that is queued again
     assert "has gone back to step 4 already" in again.stderr and f"{checkpoint.step_path(run_dir, 6)}" in again.stderr
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, 9))
+    assert [(life["from_step"], life["ranks"]) for life in read_lives(run_dir)] == [(0, 1), (4, 1), (6, 1)]
 
     unknown = pretrain(*command[:-3], "--from-step", "5", status=2)
     assert "no checkpoint of step 5 to go back to; there are: 2, 4, 6, 8" in unknown.stderr
