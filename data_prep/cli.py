@@ -93,6 +93,21 @@ def dump_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
+class IntermixedParser(argparse.ArgumentParser):
+    """Takes options before, between and after `key.sub=value` overrides: job scripts add to both ends."""
+
+    _inside = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._inside:  # parse_known_intermixed_args is made of this
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Run the verb chosen on the command line and return the exit status.
 

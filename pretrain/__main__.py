@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import InputError, add_verb, leave, main
+from data_prep.cli import InputError, IntermixedParser, add_verb, leave, main
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,26 +70,11 @@ def _bench_order(args: argparse.Namespace) -> dict[str, Any]:
     return run(args)
 
 
-class _Verb(argparse.ArgumentParser):
-    """Takes options before, between and after `key.sub=value` overrides: job scripts add to both ends."""
-
-    _inside = False
-
-    def parse_known_args(self, args=None, namespace=None):
-        if self._inside:  # parse_known_intermixed_args is made of this
-            return super().parse_known_args(args, namespace)
-        self._inside = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._inside = False
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description="Masked-language-model pre-training.")
     # The `deepspeed` launcher adds it; the environment, which all launchers set, says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Verb)
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=IntermixedParser)
 
     train = add_verb(
         verbs,

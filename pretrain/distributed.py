@@ -120,10 +120,10 @@ def environment_rank() -> int:
     """This process's rank as its launcher states it, before anything is initialised; 0 when started alone."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
-    return int(os.environ["SLURM_PROCID"]) if _is_srun_task() else 0
+    return int(os.environ["SLURM_PROCID"]) if is_srun_task() else 0
 
 
-def _is_srun_task() -> bool:
+def is_srun_task() -> bool:
     # The batch script of a job has SLURM_PROCID too; only what srun starts has a step with a number of tasks.
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
@@ -136,8 +136,8 @@ def start(timeout_seconds: float = 1800.0) -> World:
 
     Raises InputError when a node starts more ranks than it has GPUs, Hung when the ranks don't come together.
     """
-    if "RANK" not in os.environ and _is_srun_task():
-        _adopt_srun()
+    if "RANK" not in os.environ and is_srun_task():
+        adopt_srun()
     alone = "RANK" not in os.environ  # no port to open, nobody to meet
     if alone:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -145,7 +145,7 @@ def start(timeout_seconds: float = 1800.0) -> World:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         visible = torch.cuda.device_count()
-        index = 0 if visible == 1 and _is_srun_task() else local_rank  # srun can show each task its own GPU only
+        index = 0 if visible == 1 and is_srun_task() else local_rank  # srun can show each task its own GPU only
         if index >= visible:
             raise InputError(f"rank {rank}: local rank {local_rank} has no GPU, there are {visible}; start fewer ranks")
         device = torch.device("cuda", index)
@@ -162,7 +162,7 @@ def start(timeout_seconds: float = 1800.0) -> World:
     return World(rank, size, device, dist.PrefixStore("run", store))
 
 
-def _adopt_srun() -> None:
+def adopt_srun() -> None:
     """Translate srun's variables into those that torch reads."""
     slurm = os.environ
     if "MASTER_ADDR" not in slurm:
