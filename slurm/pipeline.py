@@ -1,0 +1,333 @@
+"""`python -m slurm submit`: a whole pipeline, from genomes to the GUE report, as one chain of dependent jobs.
+
+A YAML file (pipeline_file.py) says what; everything is written below its `out`:
+
+    OUT/tokenizer.json, dataset/, run/, hf/, results/, report/     what the stages make
+    OUT/logs/                                                      the jobs' outputs
+    OUT/pipeline.json                                              each stage's last job, its command and its options
+
+Submitting again is safe: a stage whose product is there is left out, one whose job is still in the queue is waited for.
+Values of the file reach the jobs as arguments and environment, never through a shell. This needs no torch; where there is
+one, the run's configuration is checked before anything is submitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.cli import InputError, dump_json, log, write_atomically
+from finetune.suite import results_files
+from slurm.pipeline_file import Finetune, Pipeline, Pretrain, read_pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of a run: where these change, a finished one is not finished any more. Whether they may, `pretrain train` says.
+LENGTH = frozenset({"train.max_steps", "train.stop_at_step"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job or job array."""
+
+    name: str
+    script: str
+    arguments: list[str]
+    product: Path
+    made: bool  # the product is there, whole
+    options: dict[str, str] = field(default_factory=dict)  # what the product depends on
+    may_change: frozenset[str] = frozenset()  # those that a product may have been made with otherwise
+    environment: dict[str, str] = field(default_factory=dict)
+    array: int | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    parser.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="see slurm/pipeline.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and submit nothing")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The verb: submit, and say where to look."""
+    result = submit(args.pipeline, args.dry_run)
+    jobs = [job for job in result["jobs"].values() if job is not None]
+    if not jobs:
+        log(f"all is done; see {result['out']}")
+    elif not args.dry_run:
+        status = shlex.join(["python", "-m", "slurm", "status", str(Path(result["out"], "run"))])
+        log(f"to look at it: squeue --jobs={','.join(jobs)}   {status}")
+    return result
+
+
+def submit(file: Path, dry_run: bool = False) -> dict[str, Any]:
+    """Submit the stages that are neither done nor queued.
+
+    Returns `out`; `jobs`, the id of each stage's job, or None where it needs none; the names of the stages that were `done`
+    and `queued` already and those `submitted`, or that would be. Raises InputError for input that is wrong or missing, and
+    where a stage was made with other options than the file's; RuntimeError when Slurm fails: what was submitted until then
+    stays, and is recorded.
+    """
+    pipeline = read_pipeline(file)
+    folder = Path(os.path.abspath(file.parent))
+    out = _absolute(folder, pipeline.out)
+    result: dict[str, Any] = {"out": str(out), "jobs": {}, "done": [], "queued": [], "submitted": []}
+    stages = plan(pipeline, folder, out, _read_record(out / "pipeline.json"))  # first: it refuses what is wrong
+    with _alone(out, dry_run):
+        record = _read_record(out / "pipeline.json")
+        queue = _queue(record)
+        states = _states(stages, queue)
+        for stage in stages:
+            _compare(stage, record.get(stage.name), states[stage.name])
+        log(f"{'stage':<10} {'job':>12} {'after':>12}  state")
+        after = None
+        for stage in stages:
+            state, job = states[stage.name], None
+            if state == "queued":
+                job = queue[stage.name]
+            elif state == "submitted":
+                command = _command(stage, out, pipeline.sbatch.arguments(stage.name), after)
+                if dry_run:
+                    job = f"<{stage.name}>"
+                    variables = [f"{name}={value}" for name, value in stage.environment.items()]
+                    print(shlex.join([*(["env", *variables] if variables else []), *command]), flush=True)
+                else:
+                    _set_aside(stage)
+                    job = _submit(stage, command, out)
+                    record[stage.name] = {"job": job, "command": command, "options": stage.options}
+                    write_atomically(out / "pipeline.json", dump_json({"stages": record}))
+            shown = "to submit" if dry_run and state == "submitted" else state
+            log(f"{stage.name:<10} {job or '-':>12} {(job and after) or '-':>12}  {shown}")
+            result["jobs"][stage.name] = after = job
+            result[state].append(stage.name)
+    return result
+
+
+def plan(pipeline: Pipeline, folder: Path, out: Path, record: Mapping[str, Any]) -> list[Stage]:
+    """All stages in their order; InputError where an input is missing."""
+    stages: list[Stage] = []
+    if pipeline.dataset is None:
+        dataset = out / "dataset"
+        stages += _data_preparation(pipeline, folder, out, dataset)
+    else:
+        dataset = _absolute(folder, pipeline.dataset)
+        if not (dataset / "manifest.json").is_file():
+            raise InputError(f"{dataset}: not a finished dataset, it has no manifest.json")
+    run_options = record.get("pretrain", {}).get("options")
+    stages.append(_pretraining(pipeline.pretrain, folder, out, dataset, run_options))
+    if pipeline.gue is not None:
+        stages += _fine_tuning(pipeline.finetune, _absolute(folder, pipeline.gue), out, stages[-1].made)
+    return stages
+
+
+def _data_preparation(pipeline: Pipeline, folder: Path, out: Path, dataset: Path) -> Iterator[Stage]:
+    genomes = _absolute(folder, pipeline.genomes or "")
+    if not genomes.is_dir():
+        raise InputError(f"{genomes}: no such folder; genomes is a folder of FASTA files")
+    whole, source = (dataset / "manifest.json").is_file(), {"genomes": str(genomes)}
+    sharding = source | pipeline.shard.options()
+    if pipeline.tokenizer.file is None:
+        tokenizer, options = out / "tokenizer.json", source | pipeline.tokenizer.options()
+        arguments = ["tokenizer", f"--out={tokenizer}", *_flags(options)]
+        yield Stage("tokenizer", "data_prep", arguments, tokenizer, tokenizer.is_file(), options)
+        arguments = [f"--tokenizer={tokenizer}"]
+    else:
+        tokenizer, arguments = _absolute(folder, pipeline.tokenizer.file), []
+        if not tokenizer.is_file():
+            raise InputError(f"{tokenizer}: no such file; tokenizer is a finished tokenizer.json, or options to train one")
+        sharding["tokenizer"] = str(tokenizer)
+    arguments = ["shard", f"--out={dataset}", *arguments, *_flags(sharding)]
+    yield Stage("shard", "data_prep", arguments, dataset, whole, sharding, array=pipeline.shard.array)
+    yield Stage("finalize", "data_prep", ["finalize", str(dataset)], dataset, whole)
+
+
+def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, made_with: dict[str, str] | None) -> Stage:
+    run_dir, model = out / "run", out / "hf"
+    file = _absolute(folder, section.config)
+    config = str(file) if file.is_file() else section.config
+    overrides = _flatten(section.overrides)
+    for key in {"run_dir", "data.path"} & overrides.keys():
+        raise InputError(f"pretrain.overrides: {key} follows from out and dataset; leave it out")
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    may_change = LENGTH
+    try:
+        from pretrain.config import MAY_CHANGE, load_config
+
+        load_config(config, [*words, f"run_dir={json.dumps(str(run_dir))}", f"data.path={json.dumps(str(dataset))}"])
+        may_change |= MAY_CHANGE
+    except ModuleNotFoundError as error:
+        log(f"pretrain: there is no {error.name} here, so its configuration is not checked before its job starts")
+    options = {"config": config, **overrides}
+    longer = made_with is not None and any(made_with.get(key) != options.get(key) for key in LENGTH)
+    made = not longer and _finished(run_dir) and (model / "config.json").is_file()
+    environment = {"RUN_DIR": str(run_dir), "DATASET": str(dataset), "EXPORT": str(model)}
+    return Stage("pretrain", "pretrain", [config, *words], run_dir, made, options, may_change, environment)
+
+
+def _fine_tuning(section: Finetune, data: Path, out: Path, trained: bool) -> Iterator[Stage]:
+    model, results, table = out / "hf", out / "results", out / "report" / "table.md"
+    options = {"data": str(data)} | section.options()
+    files = results_files(data, results, section.label or model.name, section.seeds)
+    # Results of a model that is to be trained further are not its results; the runs themselves look at its weights.
+    made = trained and all(file.is_file() for file in files)
+    arguments = ["gue", f"--model={model}", f"--out={results}", *_flags(options)]
+    yield Stage("finetune", "finetune", arguments, results, made, options, frozenset({"seeds"}), array=section.array)
+    made = made and table.is_file() and table.stat().st_mtime >= max(file.stat().st_mtime for file in files)
+    yield Stage("report", "finetune", ["report", str(results), f"--out={table.parent}"], table, made)
+
+
+def _finished(run_dir: Path) -> bool:
+    """Whether the run has come to the last step of its configuration."""
+    try:
+        end = json.loads((run_dir / "exit.json").read_bytes())
+        train = yaml.safe_load((run_dir / "config.yaml").read_bytes())["train"]
+        last = min(step for step in (train["max_steps"], train.get("stop_at_step")) if step is not None)
+        return bool(end["status"] == 0 and end["checkpoint_step"] == last)
+    except FileNotFoundError:
+        return False
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir}: exit.json or config.yaml is damaged: {error}") from None
+
+
+def _states(stages: list[Stage], queue: Mapping[str, str]) -> dict[str, str]:
+    """`queued`, `done`, or to be `submitted`: from the end backwards, because what a product was made from may be gone."""
+    states: dict[str, str] = {}
+    settled = False
+    for stage in reversed(stages):
+        state = "queued" if stage.name in queue else "done" if settled or stage.made else "submitted"
+        states[stage.name] = state
+        settled = state != "submitted"
+    return states
+
+
+def _compare(stage: Stage, recorded: Mapping[str, Any] | None, state: str) -> None:
+    """Raise InputError when what is done or queued was asked for otherwise than now."""
+    if recorded is None or state == "submitted":
+        return
+    then, now = recorded["options"], stage.options
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    refused = [name for name in changed if name not in stage.may_change]
+    text = ", ".join(
+        f"{name} {then.get(name, 'not given')}, now {now.get(name, 'not given')}" for name in refused or changed
+    )
+    if refused and state == "queued":
+        raise InputError(
+            f"{stage.name}: job {recorded['job']} was submitted with {text}; scancel it first, or change it back"
+        )
+    if refused:
+        raise InputError(
+            f"{stage.name}: {stage.product} was made with {text}; use another `out`, or remove it and what was made from it"
+        )
+    if changed and state == "queued":
+        log(f"{stage.name}: job {recorded['job']} was submitted with {text}, and stays so; submit again when it has ended")
+
+
+def _command(stage: Stage, out: Path, options: list[str], after: str | None) -> list[str]:
+    number = "%j" if stage.array is None else "%A_%a"
+    log_file = str(out / "logs" / stage.name).replace("%", "%%") + f"-{number}.out"
+    command = ["sbatch", *options, "--parsable", f"--job-name={stage.name}", f"--output={log_file}", "--open-mode=append"]
+    if stage.array is not None:
+        command.append(f"--array=0-{stage.array - 1}")
+    if after is not None:
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return [*command, f"slurm/{stage.script}.sbatch", *stage.arguments]
+
+
+def _set_aside(stage: Stage) -> None:
+    """An export of the run as it was before must not stand in the way of the one to come."""
+    old = Path(stage.environment.get("EXPORT", ""))
+    if old.name and old.exists():
+        new = old.with_name(f"{old.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
+        old.rename(new)
+        log(f"{old}: is now {new.name}, because the run goes on")
+
+
+def _submit(stage: Stage, command: list[str], out: Path) -> str:
+    done = _run(command, stage.environment)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{stage.name}: {done.stderr.strip() or 'sbatch failed'}; what was submitted before it stays, and is in "
+            f"{out / 'pipeline.json'}: submit again to go on"
+        )
+    if done.stderr:
+        log(done.stderr.rstrip())
+    return done.stdout.strip().split(";")[0]  # job;cluster
+
+
+def _queue(record: Mapping[str, Any]) -> dict[str, str]:
+    """Of the recorded stages those whose job waits or runs, with its id."""
+    if not record:
+        return {}
+    done = _run(["squeue", "--noheader", f"--name={','.join(record)}", "--format=%F %r"])
+    if done.returncode != 0:
+        raise RuntimeError(f"which jobs are queued? {done.stderr.strip() or 'squeue failed'}")
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    # That job follows one that failed, and is about to be cancelled.
+    jobs = {job for job, reason in lines if reason.strip() != "DependencyNeverSatisfied"}
+    return {name: stage["job"] for name, stage in record.items() if stage["job"] in jobs}
+
+
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise InputError(f"{command[0]}: not found; submit on a node that has Slurm's commands") from None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Of each stage that was ever submitted `job`, `command` and `options`."""
+    try:
+        stages: dict[str, Any] = json.loads(path.read_bytes())["stages"]
+        return stages
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); see in squeue that none of its jobs is left, and remove it") from None
+
+
+@contextmanager
+def _alone(out: Path, dry_run: bool) -> Iterator[None]:
+    """Make OUT and its logs/, and keep out whoever submits the same at the same time; a dry run changes nothing."""
+    if dry_run:
+        yield
+        return
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    with open(out / ".pipeline.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another submit is at work on it; wait for its end") from None
+        yield
+
+
+def _absolute(folder: Path, path: str) -> Path:
+    """InputError for what Slurm would read otherwise in the name of a log."""
+    absolute = os.path.abspath(folder / Path(path).expanduser())
+    if not absolute.isprintable() or "\\" in absolute:
+        raise InputError(f"{absolute!r}: no control characters or backslashes, please")
+    return Path(absolute)
+
+
+def _flags(options: Mapping[str, str]) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested or dotted keys -> {dotted key: the value as JSON}, which is YAML too and leaves every string as it is."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False)
+    return flat

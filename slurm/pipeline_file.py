@@ -1,0 +1,194 @@
+"""The YAML file of a pipeline: its sections and keys, read strictly. slurm/pipeline.yaml is an example.
+
+Options of verbs and of sbatch are written as on the command line, without the dashes in front.
+"""
+
+from __future__ import annotations
+
+import difflib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_prep.cli import InputError
+
+# What `submit` itself says to sbatch, and what would undo it.
+TAKEN = (
+    "array",
+    "chdir",
+    "dependency",
+    "export",
+    "job-name",
+    "kill-on-invalid-dep",
+    "open-mode",
+    "output",
+    "parsable",
+    "wrap",
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=lambda name: name.replace("_", "-"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return {} if value == "" else value  # a section of which all is commented out
+
+    def options(self) -> dict[str, str]:
+        """The options of the verb that are given."""
+        given = self.model_dump(by_alias=True, exclude_none=True, exclude={"array", "file"})
+        return {name: str(value) for name, value in given.items()}
+
+
+class Tokenizer(Section):
+    """Options of `data_prep tokenizer`; or `tokenizer: FILE`, a finished one."""
+
+    file: str | None = None
+    kind: str | None = None
+    vocab_size: int | None = None
+    sample_bases: int | None = None
+    seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _finished(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) and value else value
+
+    @model_validator(mode="after")
+    def _file_or_options(self) -> Tokenizer:
+        if self.file is not None and self.options():
+            raise ValueError("a finished tokenizer takes no options")
+        return self
+
+
+class Shard(Section):
+    """Options of `data_prep shard`."""
+
+    array: int = Field(1, ge=1)  # jobs that share the work
+    sequence_length: int | None = None
+    unit_bases: int | None = None
+    region_bases: int | None = None
+    valid_fraction: float | None = None
+    seed: int | None = None
+    streams: int | None = None
+
+
+class Pretrain(Section):
+    config: str  # a file, or the name of a preset
+    overrides: dict[str, Any] = {}  # dotted keys, or nested as in a preset
+
+
+class Finetune(Section):
+    """Options of `finetune gue`."""
+
+    array: int = Field(1, ge=1)  # jobs that share the work
+    seeds: int = Field(3, ge=1)
+    label: str | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    eval_every: int | None = None
+    max_length: int | None = None
+    dtype: str | None = None
+    kernels: str | None = None
+
+
+class Sbatch(Section):
+    """Long options of sbatch for all stages, and for one, where they win; true and false for options without a value."""
+
+    all: dict[str, str] = {}
+    tokenizer: dict[str, str] = {}
+    shard: dict[str, str] = {}
+    finalize: dict[str, str] = {}
+    pretrain: dict[str, str] = {}
+    finetune: dict[str, str] = {}
+    report: dict[str, str] = {}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _options(cls, options: Any) -> Any:
+        for name in options if isinstance(options, dict) else ():
+            if name in TAKEN:
+                raise ValueError(f"--{name} is set by the pipeline itself")
+            if name.startswith("-") or not name.replace("-", "").isalnum():
+                raise ValueError(f"{name!r} is not a long option of sbatch, written without dashes in front")
+        return {} if options == "" else options
+
+    def arguments(self, stage: str) -> list[str]:
+        """The words for the command line."""
+        options: dict[str, str] = self.all | getattr(self, stage)
+        return [
+            f"--{name}" if value == "true" else f"--{name}={value}" for name, value in options.items() if value != "false"
+        ]
+
+
+class Pipeline(Section):
+    """Paths are relative to the folder of the file."""
+
+    out: str
+    genomes: str | None = None
+    dataset: str | None = None  # a finished one: then there is no data preparation
+    gue: str | None = None  # None: no fine-tuning
+    tokenizer: Tokenizer = Tokenizer()
+    shard: Shard = Shard()
+    pretrain: Pretrain
+    finetune: Finetune = Finetune()
+    sbatch: Sbatch = Sbatch()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Pipeline:
+        given = self.model_fields_set
+        if (self.genomes is None) == (self.dataset is None):
+            raise ValueError("give either genomes or dataset, a finished one")
+        if self.dataset is not None and given & {"tokenizer", "shard"}:
+            raise ValueError("a finished dataset needs neither tokenizer nor shard")
+        if self.gue is None and "finetune" in given:
+            raise ValueError("finetune needs gue, the folder with its tasks")
+        return self
+
+
+def read_pipeline(path: Path) -> Pipeline:
+    """Read the file; InputError names file, key and the nearest known key."""
+    try:
+        text = path.read_text()
+        # Values as they are written, because nearly all become words of a command: YAML makes 86400 of 24:00:00.
+        tree, values = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping with `out:` and so on; see slurm/pipeline.yaml")
+    with suppress(KeyError, TypeError):
+        tree["pretrain"]["overrides"] = values["pretrain"]["overrides"] or {}  # here 12 and "12" differ
+    try:
+        return Pipeline.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Pipeline), n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys as they are written, sections included."""
+    keys = []
+    for name, info in section.model_fields.items():
+        key = prefix + (info.alias or name)
+        keys.append(key)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _keys(info.annotation, f"{key}.")
+    return keys
