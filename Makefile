@@ -3,13 +3,14 @@
 #   make test-kernels                     Triton kernels, interpreted and compiled, under the oldest and newest Triton
 #   make drills                           50 runs broken on purpose; docs/drills.md (20 minutes)
 #   make demo [GENOMES=DIR] [GUE=DIR]     the whole path, on embedded data or on yours
+#   make wheelhouse                       wheelhouse/, to install from without internet; docs/install.md
 PYTHON ?= python3
 BIN := .venv/bin
 # Each in a folder of its own, which PYTHONPATH puts in front; where torch is a CPU build, all other tests run without Triton.
 TRITONS := 3.6.0 3.9.0
 READY := .venv/.ready
 .DELETE_ON_ERROR:
-.PHONY: test test-kernels lint drills demo clean
+.PHONY: test test-kernels lint drills demo wheelhouse clean
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -35,6 +36,26 @@ demo: export GUE := $(GUE)
 demo: $(READY)
 	$(BIN)/python tests/demo.py $${GENOMES:+--genomes "$$GENOMES"} $${GUE:+--gue "$$GUE"}
 
+# Collected and tried aside: what is called wheelhouse is whole. The trial takes nothing from elsewhere (no pip configuration)
+# and nothing from the repository. DeepSpeed comes as source; its compiled operators would be bound to this machine's torch.
+EXTRAS := remote,triton,test
+PART := wheelhouse.part
+wheelhouse:
+	@echo "Collecting wheels for this Python, $(PYTHON), and trying them (minutes)"
+	rm -rf $(PART) build
+	$(PYTHON) -m venv $(PART)/trial
+	DS_BUILD_OPS=0 $(PART)/trial/bin/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt \
+		--wheel-dir $(PART) ".[$(EXTRAS)]" setuptools
+	PIP_CONFIG_FILE=/dev/null $(PART)/trial/bin/python -m pip --isolated install --quiet --disable-pip-version-check \
+		--no-index --find-links $(PART) "dnabert2-pretraining[$(EXTRAS)]"
+	$(PART)/trial/bin/python -m pip check
+	cd $(PART)/trial && bin/python -m data_prep --help >/dev/null && DS_ACCELERATOR=cpu bin/python -c "import deepspeed"
+	rm -rf $(PART)/trial build wheelhouse
+	mv $(PART) wheelhouse
+	@du -sh wheelhouse
+	@echo "Without internet, in a copy of the repository with wheelhouse/ in it:"
+	@echo "python3 -m venv .venv && .venv/bin/python -m pip install --no-index --find-links wheelhouse 'dnabert2-pretraining[$(EXTRAS)]'"
+
 # The stamp is written last: an interrupted installation is taken up again, a finished one costs nothing.
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; some minutes, most of them for torch)"
@@ -48,4 +69,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info wheelhouse wheelhouse.part
