@@ -56,7 +56,12 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 KillWait=10
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+SlurmdTimeout=60
+# Jobs in `urgent` push those in `main` out, with half a minute's notice.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 
@@ -75,7 +80,7 @@ def unavailable() -> str | None:
 class SlurmCluster:
     """Use as a context manager; `run` then runs any Slurm command against this cluster."""
 
-    def __init__(self, nodes: tuple[str, ...] = ("localhost",), cpus: int = 4) -> None:
+    def __init__(self, nodes: tuple[str, ...] = ("node1", "node2"), cpus: int = 4) -> None:
         self.nodes, self.cpus = nodes, cpus
         # Not pytest's tmp_path: the paths of Unix sockets in it must stay below 108 characters.
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -114,12 +119,31 @@ class SlurmCluster:
         wait_until(lambda: (self.dir / "munge.socket").is_socket(), 10, "munged's socket", self.logs)
         self._spawn("slurmctld", "-D", "-f", str(self.config))
         for node in self.nodes:
-            self._spawn(node, "-D", "-N", node, "-f", str(self.config), program="slurmd")
-        wait_until(self._all_idle, 30, "every node to be idle", self.logs)
+            self.start_node(node)
+        self.wait_for_nodes()
 
         listening = self.listening()
         assert len(listening) >= 1 + len(self.nodes), f"expected a port a daemon, found {listening}"
         assert all(address == "127.0.0.1" for address, _ in listening), f"not only on loopback: {listening}"
+
+    def start_node(self, node: str) -> None:
+        self._spawn(node, "-D", "-N", node, "-f", str(self.config), program="slurmd")
+
+    def kill_node(self, node: str) -> None:
+        """What a power cut does to a node: its slurmd and all that runs there are gone at once."""
+        daemon = self.daemons.pop(node)
+        tasks = self._processes(f"SLURMD_NODENAME={node}")
+        # A slurmstepd has neither variable, but it is the parent of what runs on its node.
+        steps = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
+        steps = {pid for pid in steps if Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd")}
+        for pid in [daemon.pid, *steps, *tasks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+
+    def wait_for_nodes(self) -> None:
+        """Returns when no node has anything to do."""
+        wait_until(self._all_idle, 60, "every node to be idle", self.logs)
 
     def stop(self) -> None:
         """Ends the jobs, then the daemons, and nothing else."""
@@ -215,15 +239,16 @@ class SlurmCluster:
         dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
         if dead:
             raise AssertionError(f"{', '.join(dead)} ended at once\n{self.logs()}")
-        states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).stdout.split()
+        states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", check=False).stdout.split()
         return states == ["idle"] * len(self.nodes)
 
-    def _processes(self) -> list[int]:
-        mark = f"SLURM_CONF={self.config}".encode()
+    def _processes(self, *variables: str) -> list[int]:
+        """Whatever runs with the path of our configuration, and these too, in its environment."""
+        marks = {f"SLURM_CONF={self.config}".encode(), *(variable.encode() for variable in variables)}
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if mark in path.read_bytes().split(b"\0"):
+                if marks <= set(path.read_bytes().split(b"\0")):
                     found.append(int(path.parent.name))
             except OSError:  # ended meanwhile
                 continue

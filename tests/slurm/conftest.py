@@ -10,7 +10,7 @@ from tests.slurm.cluster import SlurmCluster, unavailable
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
-    """One node called localhost. Where REQUIRE_SLURM=1, as in continuous integration, missing it is a failure."""
+    """Two nodes of four CPUs each. Where REQUIRE_SLURM=1, as in continuous integration, missing it is a failure."""
     reason = unavailable()
     if reason and os.environ.get("REQUIRE_SLURM") == "1":
         pytest.fail(f"REQUIRE_SLURM=1, but {reason}")

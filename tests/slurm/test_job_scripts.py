@@ -1,48 +1,100 @@
-"""slurm/pretrain.sbatch under a real Slurm, with the real commands."""
+"""The job scripts under a real Slurm, with the real commands: what they run, what they try again and what they don't."""
 
-import json
-import sys
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
+from tests.commands import ROOT, python
 from tests.slurm.cluster import SlurmCluster
-
-ROOT = Path(__file__).parents[2]
+from tests.slurm.jobs import Run, gated_python
 
 pytestmark = pytest.mark.slurm
 
 
-def submit(cluster: SlurmCluster, config: str, run_dir: Path, *overrides: str) -> str:
-    """Two ranks on the one node; the options are those that the script's header tells operators to edit."""
-    options = ["--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=1", f"--chdir={ROOT}"]
-    script = str(ROOT / "slurm" / "pretrain.sbatch")
-    return cluster.submit(*options, script, config, *overrides, RUN_DIR=str(run_dir), PYTHON=sys.executable)
-
-
-def test_two_ranks_finish_and_a_second_submission_changes_nothing(
+def test_a_run_on_two_nodes_is_finished_on_one_with_checks_a_local_copy_and_an_export(
     cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run of mine"  # a space: everything in the script is quoted
-    numbers = ["train.max_steps=4", "train.log_every=1", "checkpoint.save_every=2", "validation.every=0"]
-    overrides = [f"data.path={tiny_dataset}", *numbers]
+    run, exported = Run(cluster, tmp_path, tiny_dataset, gated=False), tmp_path / "hugging face"
+    run.finish(run.submit([], "train.stop_at_step=4"))
+    assert run.lives() == [(2, 0)]
 
-    job = submit(cluster, "pretrain/configs/tiny.yaml", run_dir, *overrides)
-    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
-    assert json.loads((run_dir / "exit.json").read_text())["status"] == 0
-    metrics = (run_dir / "metrics.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in metrics.splitlines()] == [1, 2, 3, 4]
-    manifests = sorted((run_dir / "checkpoints").glob("step-*/MANIFEST.json"))
-    assert [json.loads(m.read_text())["world_size"] for m in manifests] == [2, 2], cluster.log(job)
+    log = run.finish(run.submit(["--nodes=1"], EXPORT=str(exported), PREFLIGHT="1", COPY_DATASET="1", SCRATCH=str(tmp_path)))
+    assert run.lives() == [(2, 0), (1, 4)], log
+    assert run.steps() == list(range(1, 10))
+    assert run.read("preflight.json")["verdict"] in ("OK", "WARN"), log
+    assert (exported / "model.safetensors").is_file(), log
+    assert f"copying {tiny_dataset} to {tmp_path}/dnabert2-" in log
+    assert not list(tmp_path.glob("dnabert2-*"))  # what a job has on its nodes' disks goes with it
 
-    again = submit(cluster, "pretrain/configs/tiny.yaml", run_dir, *overrides)
-    assert cluster.wait(again)["JobState"] == "COMPLETED", cluster.log(again)
-    assert json.loads((run_dir / "exit.json").read_text())["status"] == 0
-    assert (run_dir / "metrics.jsonl").read_text() == metrics
+    before = run.metrics()
+    run.finish(run.submit([]))
+    assert run.metrics() == before
 
 
-def test_bad_input_fails_the_job_with_its_status_and_is_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
-    job = submit(cluster, "no-such-config.yaml", tmp_path / "run")
+def test_bad_input_fails_the_job_with_its_status_and_is_not_requeued(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run = Run(cluster, tmp_path, tiny_dataset, gated=False)
+    job = run.submit(["--nodes=1"], "model.hidden_size=no-number")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(job)
-    assert "no-such-config.yaml" in cluster.log(job)
+    assert "hidden_size" in cluster.log(job)
+
+
+def test_an_array_task_that_is_killed_is_tried_again_and_the_dataset_is_the_same(
+    cluster: SlurmCluster, synthetic: Path, tiny_tokenizer: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    dataset, trap = tmp_path / "dataset", tmp_path / "trap"
+    trap.touch()  # the first of the tasks to complete a unit is killed
+    env = {"PYTHON": gated_python(tmp_path), "FAIL_ONCE": str(trap)}
+    script = [f"--chdir={ROOT}", "--cpus-per-task=1", "--mem=0", str(ROOT / "slurm" / "data_prep.sbatch")]
+    small = ["--region-bases", "5000", "--unit-bases", "50000", "--valid-fraction", "0.1", "--streams", "8"]
+    genomes = ["--genomes", str(synthetic / "genomes"), "--tokenizer", str(tiny_tokenizer)]
+    array = cluster.submit("--array=0-2", *script, "shard", *genomes, "--out", str(dataset), *small, **env)
+    finalize = cluster.submit(f"--dependency=afterok:{array}", *script, "finalize", str(dataset), **env)
+
+    log = cluster.log(finalize) if cluster.wait(finalize)["JobState"] == "COMPLETED" else pytest.fail(cluster.log(finalize))
+    assert not trap.exists(), log
+    restarts = [cluster.job(f"{array}_{task}")["Restarts"] for task in range(3)]
+    assert sorted(restarts) == ["0", "0", "1"]
+    same = [path.relative_to(tiny_dataset) for path in tiny_dataset.rglob("*") if path.is_file()]
+    for name in same:
+        assert (dataset / name).read_bytes() == (tiny_dataset / name).read_bytes(), name
+
+
+def test_outcome_takes_the_word_of_the_run_before_that_of_srun(tmp_path: Path) -> None:
+    def outcome(srun: int) -> list[str]:
+        done = python("-m", "slurm", "outcome", tmp_path, "--srun", str(srun))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert outcome(0)[0] == "70"  # srun says 0 where it gave up on a node; a run that is done would have written exit.json
+    assert outcome(128 + 10)[0] == "75"
+    assert outcome(1)[0] == "1"
+    (tmp_path / "exit.json").write_text('{"status": 75}')
+    assert outcome(0)[0] == "75"
+    (tmp_path / "exit.json").write_text('{"status": ')  # a dying node
+    assert outcome(2)[0] == "2"
+    (tmp_path / "preflight.json").write_text('{"bad_nodes": ["node7", "node9"]}')
+    assert outcome(70)[2] == "node7,node9"
+
+
+def test_lives_without_a_checkpoint_are_counted_and_starts_that_came_to_no_life_too(tmp_path: Path, monkeypatch) -> None:
+    from slurm.outcome import outcome
+
+    (tmp_path / "lives.jsonl").write_text(
+        '{"job": "7", "restart": null, "from_step": 0}\n'
+        '{"job": "7", "restart": 1, "from_step": 3}\n'
+        '{"job": "7", "restart": 2, "from_step": 3}\n'
+    )
+    (tmp_path / "checkpoints" / "step-000000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000000003" / "MANIFEST.json").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert outcome(tmp_path, 70)["lives_without_progress"] == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")  # two starts ended in the checks
+    assert outcome(tmp_path, 70)["lives_without_progress"] == 4
+    (tmp_path / "checkpoints" / "step-000000003").rename(tmp_path / "checkpoints" / "step-000000006")
+    assert outcome(tmp_path, 70)["lives_without_progress"] == 2

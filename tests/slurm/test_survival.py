@@ -1,0 +1,107 @@
+"""What ends a job before its run is finished, done to slurm/pretrain.sbatch under a real Slurm.
+
+The uninterrupted run is one on two ranks under torchrun; whatever happens to a job, its losses are those.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import losses, pretrain
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.jobs import GATE_STEP, RUN, Run
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    pretrain("train", *RUN, f"run_dir={run_dir}", f"data.path={tiny_dataset}", ranks=2)
+    return losses(run_dir)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster: SlurmCluster, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """A job with a minute, Slurm's shortest limit; submitted first, so that the other tests need not wait for it."""
+    run = Run(cluster, tmp_path_factory.mktemp("limited"), tiny_dataset, gated=True)
+    return run, run.submit(["--time=1", "--signal=USR1@1"])
+
+
+def test_scancel_leaves_a_committed_checkpoint_and_the_job_stays_cancelled(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run = Run(cluster, tmp_path, tiny_dataset, gated=True)
+    job = run.submit([])
+    run.wait_at_gate(job)
+    cluster.run("scancel", job)
+    assert cluster.wait(job)["JobState"] == "CANCELLED", cluster.log(job)
+    assert run.read("exit.json")["status"] == 75
+    # Told to stop in step 6, the ranks finished it and saved.
+    assert run.read("exit.json")["checkpoint_step"] == GATE_STEP
+    manifest = json.loads((run.dir / "checkpoints" / f"step-{GATE_STEP:09d}" / "MANIFEST.json").read_text())
+    assert manifest["world_size"] == 2
+    assert cluster.job(job)["Restarts"] == "0", cluster.log(job)
+
+
+def test_a_hung_job_ends_and_is_queued_again(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path, uninterrupted: list[float]
+) -> None:
+    run = Run(cluster, tmp_path, tiny_dataset, gated=True)
+    limits = ["data.stall_seconds=3", "watchdog.step_seconds=4"]
+    job = run.submit([], *limits, GATE_DEAF="1")
+    run.wait_for_restart(job)
+    run.gate.unlink()
+    log = run.finish(job)
+    assert "status 70" in log
+    assert "start 2" in log
+    assert run.losses() == uninterrupted
+
+
+def test_a_run_into_the_time_limit_goes_on_as_if_nothing_had_happened(
+    cluster: SlurmCluster, limited: tuple[Run, str], uninterrupted: list[float]
+) -> None:
+    run, job = limited
+    run.wait_for_restart(job)
+    run.gate.unlink()
+    log = run.finish(job)
+    assert "SIGUSR1" in log
+    assert run.lives() == [(2, 0), (2, GATE_STEP)], log
+    assert run.losses() == uninterrupted
+
+
+def test_a_job_that_is_preempted_goes_on_afterwards(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path, uninterrupted: list[float]
+) -> None:
+    run = Run(cluster, tmp_path, tiny_dataset, gated=True)
+    job = run.submit(["--exclusive", "--cpus-per-task=1"])  # as many threads as the uninterrupted run has
+    run.wait_at_gate(job)
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    run.wait_for_restart(job)
+    run.gate.unlink()
+    assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+    log = run.finish(job)
+    assert "SIGTERM" in log  # not killed: it had half a minute to save, and used it
+    assert run.lives() == [(2, 0), (2, GATE_STEP)], log
+    assert run.losses() == uninterrupted
+
+
+def test_a_job_goes_on_without_a_node_that_has_died(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path, uninterrupted: list[float]
+) -> None:
+    run = Run(cluster, tmp_path, tiny_dataset, gated=True)
+    job = run.submit(["--nodes=1-2"], RANKS_WAIT="2")
+    run.wait_at_gate(job)
+    cluster.kill_node("node2")
+    run.gate.unlink()
+    run.wait_for_restart(job)
+    cluster.start_node("node2")  # Slurm waits for it, to know that nothing of the job is left there
+    log = run.finish(job)
+    assert "status 70" in log
+    assert "queued again, without node2" in log
+    assert run.lives() == [(2, 0), (1, 3)], log
+    assert cluster.job(job)["NodeList"] == "node1"  # though node2 is back
+    assert run.losses() == pytest.approx(uninterrupted, rel=1e-5)
