@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import InputError, log, one_line
+from data_prep.cli import Hung, InputError, log, one_line
 
 LOOKS = 20  # at a beat, before its owner is dead
 SETTLE_SECONDS = 0.5  # longer than a newcomer takes from its last look at a dead lease to its own
@@ -51,7 +51,7 @@ class Lease:
             dead_after_seconds: an owner that can't be looked up on this machine is dead when its beat has not changed for so
                 long; several times the `beat_seconds` of every run.
 
-        Raises InputError when another life holds it.
+        Raises InputError when another life holds it, Hung when that is an earlier life of the same Slurm job.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "lease.json"
@@ -158,7 +158,7 @@ def _name(record: dict[str, Any] | None) -> str:
 
 
 def _refuse_if_alive(path: Path, content: bytes, dead_after_seconds: float) -> None:
-    """Raise InputError when the owner lives; return when it is dead or the file has been changed by somebody else."""
+    """Raise InputError or Hung when the owner lives; return when it is dead or somebody else has changed the file."""
     owner = _parse(content)
     alive = None if owner is None else is_alive(owner)
     if owner is not None and alive and owner.get("inode") != path.stat().st_ino:
@@ -167,7 +167,11 @@ def _refuse_if_alive(path: Path, content: bytes, dead_after_seconds: float) -> N
         log(f"{path}: held by {_name(owner)}; watching for {dead_after_seconds:g} s whether it lives")
         alive = _beats(path, content, dead_after_seconds)
     if alive:
-        raise InputError(f"{path.parent}: {_name(owner)} is running here; end it, or use another run_dir")
+        text = f"{path.parent}: {_name(owner)} is running here"
+        if owner is not None and owner.get("job") and owner["job"] == os.environ.get("SLURM_JOB_ID"):
+            # Of a node that Slurm gave up: its processes may live on, and end when they miss the others.
+            raise Hung(f"{text}: an earlier life of this job is still ending")
+        raise InputError(f"{text}; end it, or use another run_dir")
 
 
 def is_alive(owner: dict[str, Any]) -> bool | None:

@@ -70,7 +70,8 @@ def room(run_dir: Path, needed: int) -> dict[str, Any]:
 
     Returns:
         bytes `needed` still and `free`; `inodes` free or None; `reserved`: True, None when not tried or not possible here
-        (`why`), False when refused (`why`); `runs`: who holds the directory at this moment, or None.
+        (`why`), False when refused (`why`); `runs`: who holds the directory at this moment, or None; `ours`: it is an earlier
+        life of this job, which Slurm gave up with its node, and which ends when it misses the others.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     needed = max(0, needed - _saved_bytes(run_dir))
@@ -82,11 +83,13 @@ def room(run_dir: Path, needed: int) -> dict[str, Any]:
         "reserved": None,
         "why": "",
         "runs": None,
+        "ours": False,
     }
     lease = holder(run_dir)
     alive = False if lease is None else is_alive(lease)
     if lease is not None and alive and lease.get("inode") == (run_dir / "lease.json").stat().st_ino:
         facts["runs"] = f"life {lease.get('life')} on host {lease.get('host')}, pid {lease.get('pid')}"
+        facts["ours"] = lease.get("job") is not None and lease["job"] == os.environ.get("SLURM_JOB_ID")
     if alive is None:
         # A save of a life that is not dead after all must not meet a disk that is full of nothing.
         facts["why"] = "lease.json says that a run may be here, on another host"

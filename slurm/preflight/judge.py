@@ -205,7 +205,7 @@ def _room(facts: Facts, nodes: Nodes) -> list[Check]:
         fix = "make room, or keep fewer checkpoints (checkpoint.keep_last, keep_every)"
         if each["runs"]:
             text = f"{each['runs']} is running here"
-            rows.append(Check("disk", "lease", MISS, text, "end it, or give another run_dir"))
+            rows.append(Check("disk", "lease", MISS, text, "end it, or give another run_dir", again=each["ours"]))
         if each["free"] < each["needed"]:
             rows.append(Check("disk", "room", MISS, gigabytes, fix))
         elif each["reserved"] is False:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cli import InputError
+from data_prep.cli import Hung, InputError
 from pretrain import lease as lease_module
 from pretrain.lease import Lease, LeaseLost, holder
 from tests.commands import ENVIRONMENT, ROOT
@@ -38,7 +38,7 @@ time.sleep(600)
 RACER = """
 import os, sys, time
 from pathlib import Path
-from data_prep.cli import InputError
+from data_prep.cli import Hung, InputError
 from pretrain import lease
 
 life, names = sys.argv[1], sys.argv[2:]
@@ -109,6 +109,7 @@ def test_a_lease_says_who_holds_it_and_goes_when_it_is_released(tmp_path: Path, 
     assert (held["life"], held["host"], held["pid"], held["job"]) == ("life", socket.gethostname(), os.getpid(), "4711")
     wait_for(lambda: holder(run_dir) not in (None, held))
     lease.check()
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
     with pytest.raises(InputError, match="Slurm job 4711 is running here; end it, or use another run_dir"):
         Lease.take(run_dir, "second", **FAST)
     lease.release()
@@ -125,6 +126,16 @@ def test_a_living_owner_keeps_its_lease_even_when_it_is_stopped(tmp_path: Path, 
             process.send_signal(signal.SIGSTOP)
         with pytest.raises(InputError, match=f"{tmp_path}: life first on host {socket.gethostname()}, pid {process.pid} "):
             Lease.take(tmp_path, "second", beat_seconds=0.1, dead_after_seconds=0.2)
+
+
+def test_an_earlier_life_of_the_same_job_is_not_bad_input_but_to_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with owner(tmp_path):
+        pretend(tmp_path, job="4711")
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        with pytest.raises(Hung, match="an earlier life of this job is still ending"):
+            Lease.take(tmp_path, "second", **FAST)
 
 
 @pytest.mark.parametrize("reaped", [True, False])
