@@ -70,8 +70,8 @@ def room(run_dir: Path, needed: int) -> dict[str, Any]:
 
     Returns:
         bytes `needed` still and `free`; `inodes` free or None; `reserved`: True, None when not tried or not possible here
-        (`why`), False when refused (`why`); `runs`: who holds the directory at this moment, or None; `ours`: it is an earlier
-        life of this job, which Slurm gave up with its node, and which ends when it misses the others.
+        (`why`), False when refused (`why`); `runs`: who holds the directory at this moment, or None; `ours`: that is an
+        earlier life of this job, which Slurm gave up with its node, and which ends when it misses the others.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     needed = max(0, needed - _saved_bytes(run_dir))
