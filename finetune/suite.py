@@ -41,10 +41,8 @@ def gue(
         raise InputError("--num-tasks and --task go together")
     if num_tasks is not None and task is not None and not 0 <= task < num_tasks:
         raise InputError(f"--task {task}: must be from 0 to --num-tasks - 1 = {num_tasks - 1}")
-    folders = find_tasks(data)
-    if unknown := sorted(set(names or ()) - folders.keys()):
-        raise InputError(f"{data}: has no task {', '.join(unknown)}; it has {', '.join(folders)}")
-    runs = [(name, seed) for name in folders if not names or name in names for seed in range(seeds)]
+    folders = find_tasks(data, names)
+    runs = [(name, seed) for name in folders for seed in range(seeds)]
     mine = runs[task or 0 :: num_tasks or 1]
     results: list[dict[str, Any]] = []
     failed: dict[str, Exception] = {}
@@ -62,8 +60,11 @@ def gue(
     return {"runs": len(mine), "already_done": sum(result["already_done"] for result in results), "results": results}
 
 
-def find_tasks(data: Path) -> dict[str, Path]:
-    """The folders below `data` with the three CSV files, by the task's name, sorted. InputError where there is none."""
+def find_tasks(data: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
+    """The folders below `data` with the three CSV files, by the task's name, sorted; all of them, or those of `names`.
+
+    Raises InputError where there is none, or not one of `names`.
+    """
     if not data.is_dir():
         raise InputError(f"{data}: no such folder; give one with tasks in it, such as GUE")
     folders = [path.parent for path in sorted(data.rglob(SPLIT_FILES[0]))]
@@ -75,10 +76,12 @@ def find_tasks(data: Path) -> dict[str, Path]:
         other = tasks.setdefault(task_name(folder), folder)
         if other != folder:
             raise InputError(f"{other} and {folder} are both called {task_name(folder)}; rename one")
-    return dict(sorted(tasks.items()))
+    if unknown := sorted(set(names or ()) - tasks.keys()):
+        raise InputError(f"{data}: has no task {', '.join(unknown)}; it has {', '.join(sorted(tasks))}")
+    return {name: tasks[name] for name in sorted(tasks) if not names or name in names}
 
 
-def results_files(data: Path, out: Path, label: str, seeds: int) -> list[Path]:
+def results_files(data: Path, out: Path, label: str, seeds: int, names: Sequence[str] | None = None) -> list[Path]:
     """Where all runs of a model called `label` leave their results; see `finetune.run`."""
-    tasks = find_tasks(data)
+    tasks = find_tasks(data, names)
     return [out / task.replace("/", "__") / label / f"seed-{seed}.json" for task in tasks for seed in range(seeds)]

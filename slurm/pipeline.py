@@ -177,10 +177,11 @@ def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, made
 def _fine_tuning(section: Finetune, data: Path, out: Path, trained: bool) -> Iterator[Stage]:
     model, results, table = out / "hf", out / "results", out / "report" / "table.md"
     options = {"data": str(data)} | section.options()
-    files = results_files(data, results, section.label or model.name, section.seeds)
+    files = results_files(data, results, section.label or model.name, section.seeds, section.tasks)
     # Results of a model that is to be trained further are not its results; the runs themselves look at its weights.
     made = trained and all(file.is_file() for file in files)
     arguments = ["gue", f"--model={model}", f"--out={results}", *_flags(options)]
+    arguments += ["--tasks", *section.tasks] if section.tasks else []
     yield Stage("finetune", "finetune", arguments, results, made, options, frozenset({"seeds"}), array=section.array)
     made = made and table.is_file() and table.stat().st_mtime >= max(file.stat().st_mtime for file in files)
     yield Stage("report", "finetune", ["report", str(results), f"--out={table.parent}"], table, made)

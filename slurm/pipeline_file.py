@@ -40,7 +40,7 @@ class Section(BaseModel):
 
     def options(self) -> dict[str, str]:
         """The options of the verb that are given."""
-        given = self.model_dump(by_alias=True, exclude_none=True, exclude={"array", "file"})
+        given = self.model_dump(by_alias=True, exclude_none=True, exclude={"array", "file", "tasks"})
         return {name: str(value) for name, value in given.items()}
 
 
@@ -87,6 +87,7 @@ class Finetune(Section):
 
     array: int = Field(1, ge=1)  # jobs that share the work
     seeds: int = Field(3, ge=1)
+    tasks: list[str] | None = Field(None, min_length=1)  # such as [tf/0, mouse/1]; None: all
     label: str | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
