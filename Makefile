@@ -26,6 +26,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/*.sbatch slurm/container/install.sh .ci/run
 
 drills: $(READY)
 	$(BIN)/python -m tests.drills --count 50 --out docs/drills.md
