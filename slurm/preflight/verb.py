@@ -74,6 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     except FirstRankLost as error:
         _report_first_rank(run_dir, before, error)
         leave(HUNG)
+    except Hung as error:  # rank 0 can't open its port: written here, or the others would say that its node is broken
+        fix = "none: the next start of the job takes another port"
+        _write(run_dir, _result([Check("nodes", "rank 0", MISS, one_line(error), fix, again=True)]))
+        raise
     checks, others = _checks(roll, config, args)
     result = _result(checks)
     if args.json and result["status"] != DONE:

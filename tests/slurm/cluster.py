@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,6 +33,8 @@ ClusterName=throwaway
 SlurmctldHost=localhost
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPort={port}
+# Jobs derive their ports from their ids: another cluster on this machine must have others.
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -107,7 +110,7 @@ class SlurmCluster:
         key.write_bytes(os.urandom(128))
         (self.dir / "state").mkdir()
         ports = free_ports(1 + len(self.nodes))
-        lines = [CONFIG.format(dir=self.dir, port=ports[0])]
+        lines = [CONFIG.format(dir=self.dir, port=ports[0], first_job=random.randint(1, 2_000_000))]
         for node, port in zip(self.nodes, ports[1:], strict=True):
             (self.dir / node).mkdir()
             where = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={port}"

@@ -104,6 +104,16 @@ def test_without_rank_0_a_line_says_so_and_its_node_is_left_out(tiny_dataset: Pa
     assert json.loads((tmp_path / "preflight.json").read_text())["bad_nodes"] == ["node1"]
 
 
+def test_a_port_in_use_is_no_reason_to_leave_a_node_out(tiny_dataset: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {rank: {"MASTER_PORT": str(taken.getsockname()[1])} for rank in (0, 1)}
+        arguments = ["tiny", f"data.path={tiny_dataset}", f"run_dir={tmp_path}", "--seconds-to-meet", "5"]
+        ended = preflight([0, 1], 2, *arguments, env=env)
+    assert [each.status for each in ended.values()] == [70, 70], ended
+    assert "port" in ended[0].err and "in use" in ended[0].err.lower()
+    assert json.loads((tmp_path / "preflight.json").read_text())["bad_nodes"] == []
+
+
 def test_a_node_with_other_data_and_other_packages_has_to_be_mended(tiny_dataset: Path, tmp_path: Path) -> None:
     copy, packages = tmp_path / "copy", tmp_path / "packages"
     shutil.copytree(tiny_dataset, copy)
