@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import Hung, InputError, log, one_line
+from data_prep.cli import InputError, log, one_line
 
 LOOKS = 20  # at a beat, before its owner is dead
 SETTLE_SECONDS = 0.5  # longer than a newcomer takes from its last look at a dead lease to its own
@@ -51,12 +51,13 @@ class Lease:
             dead_after_seconds: an owner that can't be looked up on this machine is dead when its beat has not changed for so
                 long; several times the `beat_seconds` of every run.
 
-        Raises InputError when another life holds it, Hung when that is an earlier life of the same Slurm job.
+        Raises InputError when another life holds it, but for one of an earlier start of the same Slurm job.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "lease.json"
         token = uuid.uuid4().hex  # lives can share a name: started in one second, with one process number, on two hosts
-        record = {"life": life, "token": token, "job": os.environ.get("SLURM_JOB_ID"), **_this_process()}
+        job = {"job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT")}
+        record = {"life": life, "token": token, **job, **_this_process()}
         while True:
             found = _read(path)
             if found is not None:
@@ -114,7 +115,7 @@ def holder(run_dir: Path) -> dict[str, Any] | None:
     """What lease.json says, whether its owner lives or not; None when there is none or it is unreadable.
 
     `life`, `token`, `inode` of the file, `host`, `pid` and `pid_start` (clock ticks after boot), `boot_id`,
-    `pid_namespace`, `job` (Slurm's, or None), `beat` (a string of twelve digits).
+    `pid_namespace`, `job` and `restart` (Slurm's, or None), `beat` (a string of twelve digits).
     """
     try:
         content = _read(run_dir / "lease.json")
@@ -158,8 +159,10 @@ def _name(record: dict[str, Any] | None) -> str:
 
 
 def _refuse_if_alive(path: Path, content: bytes, dead_after_seconds: float) -> None:
-    """Raise InputError or Hung when the owner lives; return when it is dead or somebody else has changed the file."""
+    """Raise InputError when the owner lives; return when it is dead or somebody else has changed the file."""
     owner = _parse(content)
+    if owner is not None and is_given_up(owner):
+        return
     alive = None if owner is None else is_alive(owner)
     if owner is not None and alive and owner.get("inode") != path.stat().st_ino:
         return  # a copy of the run directory; its owner runs in the original
@@ -167,11 +170,16 @@ def _refuse_if_alive(path: Path, content: bytes, dead_after_seconds: float) -> N
         log(f"{path}: held by {_name(owner)}; watching for {dead_after_seconds:g} s whether it lives")
         alive = _beats(path, content, dead_after_seconds)
     if alive:
-        text = f"{path.parent}: {_name(owner)} is running here"
-        if owner is not None and owner.get("job") and owner["job"] == os.environ.get("SLURM_JOB_ID"):
-            # Of a node that Slurm gave up: its processes may live on, and end when they miss the others.
-            raise Hung(f"{text}: an earlier life of this job is still ending")
-        raise InputError(f"{text}; end it, or use another run_dir")
+        raise InputError(f"{path.parent}: {_name(owner)} is running here; end it, or use another run_dir")
+
+
+def is_given_up(owner: dict[str, Any]) -> bool:
+    """Whether Slurm has started the owner's job again, as this one: with its node lost, its processes may live on there.
+
+    It commits nothing any more: it checks its lease before.
+    """
+    job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return job is not None and owner.get("job") == job and restart > int(owner.get("restart") or 0)
 
 
 def is_alive(owner: dict[str, Any]) -> bool | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "lives.jsonl"
+KEYS = ("life", "time", "job", "restart", "host", "nodes", "ranks", "from_step")
 
 
 def record_life(run_dir: Path, life: str, ranks: int, from_step: int) -> None:
@@ -38,14 +39,17 @@ def record_life(run_dir: Path, life: str, ranks: int, from_step: int) -> None:
 
 
 def read_lives(run_dir: Path) -> list[dict[str, Any]]:
-    """The lives, first to last; none where there is no file. A line that a kill has torn is left out."""
+    """The lives, first to last; none where there is no file. What a line lacks is None in it.
+
+    A line that a kill has torn is left out, as is one without numbers where numbers belong.
+    """
     path = run_dir / FILE
     lives = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            record = json.loads(line)
-            int(record["from_step"])
-        except (ValueError, TypeError, KeyError):
+            record = dict.fromkeys(KEYS) | json.loads(line)
+        except (ValueError, TypeError):
             continue
-        lives.append(record)
+        if isinstance(record["from_step"], int) and isinstance(record["restart"], int | None):
+            lives.append(record)
     return lives

@@ -64,7 +64,7 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
                 (run_dir / "exit.json").unlink(missing_ok=True)
             except Exception as error:
                 refused = error  # the others hear of it when they have come together
-                if not isinstance(error, (InputError, Hung)):  # no other life is here, but the disk fails
+                if not isinstance(error, InputError):  # no other life is here, but the disk fails
                     with suppress(OSError):
                         (run_dir / "exit.json").unlink(missing_ok=True)
         # What is wrong with the input is found by every rank alone, before it waits for the others.

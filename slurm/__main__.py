@@ -20,10 +20,12 @@ def _preflight(args: argparse.Namespace) -> dict[str, Any]:
     args.json = args.json and environment_rank() == 0  # one result, however many ranks
     result = run(args)
     if args.then_train:
-        if "MASTER_PORT" in os.environ:  # the store of the checks may still be listening
+        # The store of the checks may still be listening; torchrun's serves both.
+        if "MASTER_PORT" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         options = [] if args.from_step is None else ["--from-step", str(args.from_step)]
         options += ["--profile", str(args.profile)] if args.profile else []
+        options += ["--json"] if args.json else []
         # Not a child: signals must reach the training process.
         os.execv(sys.executable, [sys.executable, "-m", "pretrain", "train", args.config, *args.overrides, *options])
     return result

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import HUNG, RUN_AGAIN, log
+from data_prep.cli import DONE, HUNG, RUN_AGAIN, log
 from pretrain.lives import read_lives
 
 NOTICES = {128 + signal.SIGUSR1, 128 + signal.SIGTERM}
@@ -23,24 +22,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The verb: prints status, lives without progress and bad nodes on one line, for `read`."""
+    """The verb: prints status, newest checkpoint and bad nodes on one line, for `read`."""
     result = outcome(args.run_dir, args.srun)
     log(f"{args.run_dir}: {result['reason']}")
     if not args.json:
-        print(result["status"], result["lives_without_progress"], ",".join(result["bad_nodes"]), flush=True)
+        print(result["status"], result["checkpoint_step"], ",".join(result["bad_nodes"]), flush=True)
     return result
 
 
 def outcome(run_dir: Path, srun_status: int) -> dict[str, Any]:
-    """`status` (one of the project's exit statuses), `reason`, `lives_without_progress` and `bad_nodes`.
+    """`status` (one of the project's exit statuses), `reason`, `checkpoint_step` (0: none) and `bad_nodes`.
 
-    exit.json counts, of this life: the job script has removed that of the life before. srun's status is for lives that ended
-    without one, and is not to be trusted when it is 0: srun says so too where it gave up on a node, or was told to end.
-    `bad_nodes` are those that preflight found, in this life.
+    exit.json counts, then preflight.json, both of this start: the job script has removed those of the start before. srun's
+    status is for starts that ended without either, and is not to be trusted when it is 0: srun says so too where it gave up
+    on a node, or was told to end. `bad_nodes` are those that preflight found.
     """
     written, preflight = _read(run_dir / "exit.json"), _read(run_dir / "preflight.json")
-    if "status" in written:
-        status, reason = int(written["status"]), str(written.get("reason"))
+    if isinstance(written.get("status"), int):
+        status, reason = written["status"], str(written.get("reason"))
+    elif isinstance(preflight.get("status"), int) and preflight["status"] != DONE:
+        # Not srun's: that of a rank that could not even start is higher.
+        status, reason = preflight["status"], "the checks failed; see above"
     elif srun_status in NOTICES:
         status, reason = RUN_AGAIN, "told to stop before training had begun"
     elif srun_status in (0, 128 + signal.SIGKILL):  # killed: by a dead node, the memory limit, or srun's --wait
@@ -50,23 +52,21 @@ def outcome(run_dir: Path, srun_status: int) -> dict[str, Any]:
     return {
         "status": status,
         "reason": reason,
-        "lives_without_progress": without_progress(run_dir) + _starts_without_a_life(run_dir),
-        "bad_nodes": list(preflight.get("bad_nodes", [])),
+        "checkpoint_step": newest_checkpoint(run_dir),
+        "bad_nodes": list(preflight.get("bad_nodes") or []),
     }
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """The newest committed step; 0 where there is none."""
+    steps = [path.parent.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*/MANIFEST.json")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
 def without_progress(run_dir: Path) -> int:
     """How many of the last lives, one after the other, began at the step that is still the newest."""
-    steps = [path.parent.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*/MANIFEST.json")]
-    newest = max((int(step) for step in steps if step.isdigit()), default=0)
+    newest = newest_checkpoint(run_dir)
     return len(list(takewhile(lambda life: life["from_step"] == newest, reversed(read_lives(run_dir)))))
-
-
-def _starts_without_a_life(run_dir: Path) -> int:
-    """How often this job was started since the last life that began to train: not even that came of them."""
-    starts, lives = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1, read_lives(run_dir)
-    ours = lives and lives[-1]["job"] == os.environ.get("SLURM_JOB_ID")
-    return starts - ((lives[-1]["restart"] or 0) + 1 if ours else 0)
 
 
 def _read(path: Path) -> dict[str, Any]:

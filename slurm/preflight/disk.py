@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.cli import one_line
 from pretrain import checkpoint
-from pretrain.lease import holder, is_alive
+from pretrain.lease import holder, is_alive, is_given_up
 from slurm.preflight.roll import Roll
 
 TOKEN = ".preflight-"
@@ -70,8 +70,7 @@ def room(run_dir: Path, needed: int) -> dict[str, Any]:
 
     Returns:
         bytes `needed` still and `free`; `inodes` free or None; `reserved`: True, None when not tried or not possible here
-        (`why`), False when refused (`why`); `runs`: who holds the directory at this moment, or None; `ours`: that is an
-        earlier life of this job, which Slurm gave up with its node, and which ends when it misses the others.
+        (`why`), False when refused (`why`); `runs`: who holds the directory at this moment, or None.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     needed = max(0, needed - _saved_bytes(run_dir))
@@ -83,13 +82,11 @@ def room(run_dir: Path, needed: int) -> dict[str, Any]:
         "reserved": None,
         "why": "",
         "runs": None,
-        "ours": False,
     }
     lease = holder(run_dir)
-    alive = False if lease is None else is_alive(lease)
+    alive = False if lease is None or is_given_up(lease) else is_alive(lease)
     if lease is not None and alive and lease.get("inode") == (run_dir / "lease.json").stat().st_ino:
         facts["runs"] = f"life {lease.get('life')} on host {lease.get('host')}, pid {lease.get('pid')}"
-        facts["ours"] = lease.get("job") is not None and lease["job"] == os.environ.get("SLURM_JOB_ID")
     if alive is None:
         # A save of a life that is not dead after all must not meet a disk that is full of nothing.
         facts["why"] = "lease.json says that a run may be here, on another host"

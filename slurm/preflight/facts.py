@@ -30,7 +30,7 @@ from pretrain.plan import disk_bytes
 from slurm.preflight import disk
 from slurm.preflight.roll import Roll
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DISTRIBUTION = "dnabert2-pretraining"
 OPTIONAL = ("triton", "apex")
 ECC = "ecc.errors.uncorrected.volatile.total"
@@ -76,7 +76,7 @@ def requirements() -> tuple[str, list[str]]:
     try:
         tomllib = importlib.import_module("tomllib")  # since Python 3.11
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    except (ImportError, OSError):
+    except ImportError:
         return "", ["torch", "deepspeed", "numpy", "safetensors", "tokenizers", "webdataset"]
     return project["requires-python"], project["dependencies"] + project["optional-dependencies"]["triton"]
 
@@ -158,7 +158,7 @@ def limits() -> dict[str, int]:
 
 def scratch(config: Config) -> dict[str, Any]:
     """Bytes free on the disks of this node, and how many there should be."""
-    needed = {tempfile.gettempdir(): 1e9, os.environ.get("SCRATCH", tempfile.gettempdir()): 1e9}
+    needed = {tempfile.gettempdir(): 1e9, os.environ.get("LOCAL_SCRATCH", tempfile.gettempdir()): 1e9}
     if torch.cuda.is_available():
         needed["/dev/shm"] = 1e9  # NCCL's buffers between the GPUs of a node; containers start with 64 MB
     if "://" in config.data.path and config.data.cache_dir:

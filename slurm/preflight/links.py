@@ -16,6 +16,8 @@ from slurm.preflight.check import MISS, OK, WARN, Check, listed
 REPEATS = 5
 FAR_BELOW = 3.0  # a link that is so many times slower than the others; racks and switches differ by less
 SKEW_SECONDS = 2.0
+# GB/s a rank, below which the network is not one that people train over: on GPUs that of 10-gigabit Ethernet.
+LEAST_SPEED = {True: 1.0, False: 0.05}
 Link = tuple[str, str]
 
 
@@ -28,8 +30,8 @@ def measure(leaders: Sequence[int], doing: Callable[[str], None], timeout_second
         timeout_seconds: of collectives; the caller has given up before.
 
     Returns:
-        `all_reduce`: seconds of each repeat, `bytes`: its size, `right`: whether the sums were; `links`: [leader, next
-        leader, GB/s] of links that this rank timed; `clock`: wall clock before and after each of some meetings.
+        `all_reduce`: seconds of each repeat, `bytes`: its size, `on_gpu`, `right`: whether the sums were; `links`: [leader,
+        next leader, GB/s] of links that this rank timed; `clock`: wall clock before and after each of some meetings.
     """
     doing("joining the others")
     world = start(timeout_seconds)
@@ -43,9 +45,11 @@ def measure(leaders: Sequence[int], doing: Callable[[str], None], timeout_second
         world.barrier()
         began = time.perf_counter()
         dist.all_reduce(vector)
+        if on_gpu:
+            torch.cuda.synchronize(world.device)
+        seconds.append(time.perf_counter() - began)
         low, high = torch.aminmax(vector)
         right &= float(low) == float(high) == world.size * (world.size + 1) / 2
-        seconds.append(time.perf_counter() - began)
     doing("the clocks")
     clock = []
     for _ in range(REPEATS):
@@ -56,7 +60,7 @@ def measure(leaders: Sequence[int], doing: Callable[[str], None], timeout_second
     links = _ring(world, leaders, (64 if on_gpu else 4) << 20)
     world.barrier()
     dist.destroy_process_group()
-    return {"all_reduce": seconds[1:], "bytes": size, "right": right, "links": links, "clock": clock}
+    return {"all_reduce": seconds[1:], "bytes": size, "on_gpu": on_gpu, "right": right, "links": links, "clock": clock}
 
 
 def rounds(count: int) -> list[list[int]]:
@@ -109,7 +113,11 @@ def judge(answers: Mapping[int, Mapping[str, Any]], nodes: Mapping[int, str], si
     text = f"{first['bytes'] >> 20} MB over {size} ranks: {seconds * 1e3:.1f} ms, {speed:.2f} GB/s a rank"
     links = {(nodes[a], nodes[b]): speed for each in found.values() for a, b, speed in each["links"]}
     clocks = {nodes[rank]: each["clock"] for rank, each in reversed(found.items())}
-    return [Check("network", "all-reduce", OK, text), *_judge_links(links), *_judge_clocks(clocks, nodes[0])]
+    row = Check("network", "all-reduce", OK, text)
+    if speed < LEAST_SPEED[first["on_gpu"]]:
+        fix = "is it the right network? name its interface in site.env (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        row = Check("network", "all-reduce", WARN, f"slow everywhere: {text}", fix)
+    return [row, *_judge_links(links), *_judge_clocks(clocks, nodes[0])]
 
 
 def _broken(failed: Mapping[int, str], silent: Mapping[int, str], nodes: Mapping[int, str]) -> Check:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from slurm.preflight.roll import Roll
 
 FILE = "preflight.json"
-PART_SECONDS = 120.0  # for all ranks to find their facts, or to time the network; both take a few on healthy nodes
+PART_SECONDS = 60.0  # for all ranks to find their facts, or to time the network; both take a few on healthy nodes
 MARGIN_SECONDS = 30.0
 PARTS = 2
 

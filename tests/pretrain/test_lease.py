@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cli import Hung, InputError
+from data_prep.cli import InputError
 from pretrain import lease as lease_module
 from pretrain.lease import Lease, LeaseLost, holder
 from tests.commands import ENVIRONMENT, ROOT
@@ -38,7 +38,7 @@ time.sleep(600)
 RACER = """
 import os, sys, time
 from pathlib import Path
-from data_prep.cli import Hung, InputError
+from data_prep.cli import InputError
 from pretrain import lease
 
 life, names = sys.argv[1], sys.argv[2:]
@@ -128,14 +128,21 @@ def test_a_living_owner_keeps_its_lease_even_when_it_is_stopped(tmp_path: Path, 
             Lease.take(tmp_path, "second", beat_seconds=0.1, dead_after_seconds=0.2)
 
 
-def test_an_earlier_life_of_the_same_job_is_not_bad_input_but_to_be_tried_again(
+def test_a_later_start_of_the_same_job_takes_over_from_what_slurm_gave_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with owner(tmp_path):
-        pretend(tmp_path, job="4711")
-        monkeypatch.setenv("SLURM_JOB_ID", "4711")
-        with pytest.raises(Hung, match="an earlier life of this job is still ending"):
-            Lease.take(tmp_path, "second", **FAST)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    first = Lease.take(tmp_path, "first", **FAST)
+    with pytest.raises(InputError, match="is running here"):
+        Lease.take(tmp_path, "another step of the same start", **FAST)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    second = Lease.take(tmp_path, "second", **FAST)
+    with pytest.raises(LeaseLost):
+        first.check()
+    second.check()
+    first.release()
+    second.release()
 
 
 @pytest.mark.parametrize("reaped", [True, False])

@@ -30,6 +30,7 @@ class Run:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, dataset: Path, *, gated: bool) -> None:
         self.cluster, self.dir, self.dataset = cluster, folder / "run of mine", dataset  # a space: scripts quote
+        folder.mkdir(exist_ok=True)
         self.gate = folder / "gate"
         if gated:
             self.gate.touch()

@@ -20,7 +20,9 @@ def test_a_run_on_two_nodes_is_finished_on_one_with_checks_a_local_copy_and_an_e
     run.finish(run.submit([], "train.stop_at_step=4"))
     assert run.lives() == [(2, 0)]
 
-    log = run.finish(run.submit(["--nodes=1"], EXPORT=str(exported), PREFLIGHT="1", COPY_DATASET="1", SCRATCH=str(tmp_path)))
+    log = run.finish(
+        run.submit(["--nodes=1"], EXPORT=str(exported), PREFLIGHT="1", COPY_DATASET="1", LOCAL_SCRATCH=str(tmp_path))
+    )
     assert run.lives() == [(2, 0), (1, 4)], log
     assert run.steps() == list(range(1, 10))
     assert run.read("preflight.json")["verdict"] in ("OK", "WARN"), log
@@ -64,37 +66,28 @@ def test_an_array_task_that_is_killed_is_tried_again_and_the_dataset_is_the_same
         assert (dataset / name).read_bytes() == (tiny_dataset / name).read_bytes(), name
 
 
-def test_outcome_takes_the_word_of_the_run_before_that_of_srun(tmp_path: Path) -> None:
+def test_an_array_that_would_leave_work_out_is_refused(cluster: SlurmCluster, tmp_path: Path) -> None:
+    script = [f"--chdir={ROOT}", "--mem=0", str(ROOT / "slurm" / "data_prep.sbatch"), "shard", "--out", str(tmp_path)]
+    job = cluster.submit("--array=1-2", "--output=/dev/null", *script)
+    cluster.wait(f"{job}_1")
+    assert (cluster.job(f"{job}_1")["JobState"], cluster.job(f"{job}_1")["ExitCode"]) == ("FAILED", "2:0")
+
+
+def test_outcome_takes_the_word_of_the_run_before_that_of_the_checks_and_that_before_srun(tmp_path: Path) -> None:
     def outcome(srun: int) -> list[str]:
         done = python("-m", "slurm", "outcome", tmp_path, "--srun", str(srun))
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    assert outcome(0)[0] == "70"  # srun says 0 where it gave up on a node; a run that is done would have written exit.json
+    assert outcome(0) == ["70", "0"]  # srun says 0 where it gave up on a node; a run that is done has written exit.json
     assert outcome(128 + 10)[0] == "75"
     assert outcome(1)[0] == "1"
+    (tmp_path / "preflight.json").write_text('{"status": 70, "bad_nodes": ["node7", "node9"]}')
+    assert outcome(127) == ["70", "0", "node7,node9"]  # that of a node without Python
+    (tmp_path / "checkpoints" / "step-000000012").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000000012" / "MANIFEST.json").touch()
     (tmp_path / "exit.json").write_text('{"status": 75}')
-    assert outcome(0)[0] == "75"
+    assert outcome(0)[:2] == ["75", "12"]
+    (tmp_path / "preflight.json").write_text('{"status": 0, "bad_nodes": []}')
     (tmp_path / "exit.json").write_text('{"status": ')  # a dying node
-    assert outcome(2)[0] == "2"
-    (tmp_path / "preflight.json").write_text('{"bad_nodes": ["node7", "node9"]}')
-    assert outcome(70)[2] == "node7,node9"
-
-
-def test_lives_without_a_checkpoint_are_counted_and_starts_that_came_to_no_life_too(tmp_path: Path, monkeypatch) -> None:
-    from slurm.outcome import outcome
-
-    (tmp_path / "lives.jsonl").write_text(
-        '{"job": "7", "restart": null, "from_step": 0}\n'
-        '{"job": "7", "restart": 1, "from_step": 3}\n'
-        '{"job": "7", "restart": 2, "from_step": 3}\n'
-    )
-    (tmp_path / "checkpoints" / "step-000000003").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step-000000003" / "MANIFEST.json").touch()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert outcome(tmp_path, 70)["lives_without_progress"] == 2
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")  # two starts ended in the checks
-    assert outcome(tmp_path, 70)["lives_without_progress"] == 4
-    (tmp_path / "checkpoints" / "step-000000003").rename(tmp_path / "checkpoints" / "step-000000006")
-    assert outcome(tmp_path, 70)["lives_without_progress"] == 2
+    assert outcome(2) == ["2", "12"]

@@ -42,7 +42,7 @@ class Operator:
                 shutil.copy(ROOT / name, repository / name)
         (repository / ".venv").symlink_to(sys.prefix)
         with (repository / "slurm" / "site.env").open("a") as site:  # what this site has to say: nodes without memory
-            site.write(f"export SBATCH_MEM_PER_NODE=0 SCRATCH={home}/scratch\n")
+            site.write(f"export SBATCH_MEM_PER_NODE=0 LOCAL_SCRATCH={home}/scratch\n")
         (home / "scratch").mkdir()
         self.bash = subprocess.Popen(
             [*NAMED_LOCALHOST, "bash", "--noprofile", "--norc", "-e", "-o", "pipefail"],

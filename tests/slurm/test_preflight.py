@@ -106,10 +106,10 @@ def test_without_rank_0_a_line_says_so_and_its_node_is_left_out(tiny_dataset: Pa
 
 def test_a_port_in_use_is_no_reason_to_leave_a_node_out(tiny_dataset: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        env = {rank: {"MASTER_PORT": str(taken.getsockname()[1])} for rank in (0, 1)}
+        env = {0: {"MASTER_PORT": str(taken.getsockname()[1])}}
         arguments = ["tiny", f"data.path={tiny_dataset}", f"run_dir={tmp_path}", "--seconds-to-meet", "5"]
-        ended = preflight([0, 1], 2, *arguments, env=env)
-    assert [each.status for each in ended.values()] == [70, 70], ended
+        ended = preflight([0], 2, *arguments, env=env)
+    assert ended[0].status == 70, ended
     assert "port" in ended[0].err and "in use" in ended[0].err.lower()
     assert json.loads((tmp_path / "preflight.json").read_text())["bad_nodes"] == []
 

@@ -25,10 +25,15 @@ def uninterrupted(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def limited(cluster: SlurmCluster, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
-    """A job with a minute, Slurm's shortest limit; submitted first, so that the other tests need not wait for it."""
-    run = Run(cluster, tmp_path_factory.mktemp("limited"), tiny_dataset, gated=True)
-    return run, run.submit(["--time=1", "--signal=USR1@1"])
+def limited(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Run, str]]:
+    """Two jobs with a minute, Slurm's shortest limit; submitted first, so that the other tests need not wait for it."""
+    jobs = {}
+    for name, env in (("hears", {}), ("hangs", {"GATE_DEAF": "1"})):
+        run = Run(cluster, tmp_path_factory.mktemp(name), tiny_dataset, gated=True)
+        jobs[name] = run, run.submit(["--time=1", "--signal=USR1@1"], **env)
+    return jobs
 
 
 def test_scancel_leaves_a_committed_checkpoint_and_the_job_stays_cancelled(
@@ -47,29 +52,47 @@ def test_scancel_leaves_a_committed_checkpoint_and_the_job_stays_cancelled(
     assert cluster.job(job)["Restarts"] == "0", cluster.log(job)
 
 
-def test_a_hung_job_ends_and_is_queued_again(
+def test_a_hung_job_ends_and_is_queued_again_but_not_for_ever(
     cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path, uninterrupted: list[float]
 ) -> None:
-    run = Run(cluster, tmp_path, tiny_dataset, gated=True)
     limits = ["data.stall_seconds=3", "watchdog.step_seconds=4"]
+    run = Run(cluster, tmp_path / "again", tiny_dataset, gated=True)
     job = run.submit([], *limits, GATE_DEAF="1")
+    hopeless = Run(cluster, tmp_path / "hopeless", tiny_dataset, gated=True)
+    stays = hopeless.submit(["--nodes=1"], *limits, GATE_DEAF="1", MAX_FRUITLESS="1")
+
     run.wait_for_restart(job)
     run.gate.unlink()
     log = run.finish(job)
-    assert "status 70" in log
-    assert "start 2" in log
+    assert "start 1: status 70 at checkpoint 3" in log
     assert run.losses() == uninterrupted
+
+    ended = cluster.wait(stays)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "70:0", "0"), cluster.log(stays)
+    assert "MAX_FRUITLESS" in cluster.log(stays)
 
 
 def test_a_run_into_the_time_limit_goes_on_as_if_nothing_had_happened(
-    cluster: SlurmCluster, limited: tuple[Run, str], uninterrupted: list[float]
+    cluster: SlurmCluster, limited: dict[str, tuple[Run, str]], uninterrupted: list[float]
 ) -> None:
-    run, job = limited
+    run, job = limited["hears"]
     run.wait_for_restart(job)
     run.gate.unlink()
     log = run.finish(job)
     assert "SIGUSR1" in log
     assert run.lives() == [(2, 0), (2, GATE_STEP)], log
+    assert run.losses() == uninterrupted
+
+
+def test_a_run_that_hangs_at_the_time_limit_is_queued_again_too(
+    limited: dict[str, tuple[Run, str]], uninterrupted: list[float]
+) -> None:
+    run, job = limited["hangs"]
+    run.wait_until(job, lambda: len(run.lives()) == 2, "its second life")
+    run.gate.unlink()
+    log = run.finish(job)
+    assert "DUE TO TIME LIMIT" in log
+    assert run.lives() == [(2, 0), (2, 3)], log
     assert run.losses() == uninterrupted
 
 
