@@ -228,7 +228,7 @@ def _replace(path: Path, found: bytes | None, record: dict[str, Any]) -> int | N
         os.fsync(descriptor)
         if not (found is None and _link(name, path)) and _read(path) == found:
             if found is not None:
-                log(f"{path}: taken over from {_name(_parse(found))}, which is dead")
+                log(f"{path}: taken over from {_name(_parse(found))}, which is dead or was given up")
             os.replace(name, path)
             # Another newcomer may have looked just before that, and replace ours now. The last one wins: all wait for it.
             time.sleep(SETTLE_SECONDS)

@@ -1,13 +1,15 @@
 """`python -m slurm clean`: lists what nobody needs any more, and removes it with --yes.
 
-Looks for run directories, finished datasets and caches of datasets at or below the given paths, and in each only for what
-the project's own code leaves behind, by its names. Follows no symbolic link below a path.
+Looks for run directories, outputs of pipelines, finished datasets and caches of datasets at or below the given paths, and in
+each only for what the project's own code leaves behind, by its names. Follows no symbolic link below a path.
 
-    run directory   checkpoints/step-*.tmp-*, .damaged-*, .left-*; hangs/; profile/; torn temporaries of its small files.
-                    Not where somebody runs, or may run. --finished-checkpoints: of finished runs all steps but the last
+    run directory   checkpoints/step-*.tmp-*, .damaged-*, .left-*; what our code writes into hangs/ and profile/; torn
+                    temporaries of its small files; an hour after, what killed checks left. Not where somebody runs, or may
+                    run. --finished-checkpoints: of finished runs all steps but the last
+    pipeline's out  hf.before-*, results.before-*, report.before-*, set aside when its run went on; torn temporaries
     dataset         with a manifest: .work/, temporaries in train/ and valid/
     cache           of datasets at URLs (data.cache_dir): blocks that were not read for so long; they are fetched again
-    --scratch       dnabert2-USER-JOB in $SCRATCH of this node, of jobs that Slurm doesn't know any more
+    --scratch       dnabert2-USER-JOB in $LOCAL_SCRATCH of this node, of jobs that Slurm doesn't know any more
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, NamedTuple
 
+import yaml
+
 from data_prep.cli import DONE, InputError, log, one_line
 from data_prep.storage import file_sha256
 from pretrain.lease import holder
@@ -34,7 +38,21 @@ from slurm.jobs import known_jobs, owner_lives
 
 RANDOM = r"[a-z0-9_]{8}"  # what tempfile puts into a name
 RUN_FILES = r"config\.yaml|tokenizer\.json|metrics\.jsonl|bad_steps\.jsonl|lease\.json|exit\.json"
+SECTIONS = {"run_dir", "data", "model", "train", "optimizer", "validation", "checkpoint", "watchdog", "deepspeed"}
 RUN_TEMPORARY = re.compile(rf"\.({RUN_FILES})\.{RANDOM}")
+OF_CHECKS = re.compile(rf"\.preflight-{RANDOM}|\.preflight\.json\.{RANDOM}")
+CHECKS_SECONDS = 3600.0  # more than they take; they hold no lease that says that they are at work
+BEFORE_A_RUN = re.compile(rf"{OF_CHECKS.pattern}|(preflight|exit|lease|tokenizer)\.json")
+LIFE = r"\d{8}T\d{6}-[0-9a-f]{6}"
+REPORTS = {  # directories of a run, and what pretrain.watchdog and pretrain.profiling write there
+    "hangs": ("stacks of ranks that hung", re.compile(rf"{LIFE}-rank-\d{{5,}}\.txt")),
+    "profile": (
+        "a profile",
+        re.compile(rf"\.?rank-00000-steps-\d+-\d+\.json\.gz|summary\.json|\.summary\.json\.{RANDOM}"),
+    ),
+}
+PIPELINE_TEMPORARY = re.compile(rf"\.pipeline\.json\.{RANDOM}")
+BEFORE = re.compile(r"(hf|results|report)\.before-\d{8}T\d{6}")
 SPLIT_TEMPORARY = re.compile(
     rf"\.(\d{{6}}\.tar\.{RANDOM}\.partial|(\d{{6}}\.index\.npy|shards\.npy|contigs\.tsv)\.{RANDOM})"
 )
@@ -47,10 +65,11 @@ SET_ASIDE = {
     "left": "a checkpoint that its run went back from",
 }
 SET_ASIDE_NAME = re.compile(r"step-\d+\.(tmp|damaged|left)-.+")
+RENAMED = re.compile(f"{SET_ASIDE_NAME.pattern}|{BEFORE.pattern}")
 
 
 class Leftover(NamedTuple):
-    """Something to remove, and why; of a cache only `parts`."""
+    """Something to remove, and why; with `parts`, only those."""
 
     path: Path
     why: str
@@ -78,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scratch",
         action="store_true",
-        help="remove what ended jobs left in $SCRATCH (default: $TMPDIR or /tmp) of this node, however old; "
+        help="remove what ended jobs left in $LOCAL_SCRATCH (default: $TMPDIR or /tmp) of this node, however old; "
         "`srun --ntasks-per-node=1 --nodes=...` asks all nodes",
     )
     parser.add_argument("--yes", action="store_true", help="remove it; without, it is only listed")
@@ -136,13 +155,19 @@ def _below(top: Path, before: float, finished_checkpoints: bool, kept: list[dict
     for name, directories, files in os.walk(top, onerror=unreadable):  # follows no links
         path = Path(name)
         found: Iterable[Leftover] = []
-        if "config.yaml" in files and _is_directory(path / "checkpoints"):
+        if "config.yaml" in files and _is_directory(path / "checkpoints") and _is_run(path):
             if why := _in_use(path):
                 kept.append({"path": name, "why": why})
             else:
                 found = _of_run(path)
                 if finished_checkpoints:
                     found = [*found, *_earlier_checkpoints(path, before, kept)]
+        elif files and not directories and all(BEFORE_A_RUN.fullmatch(file) for file in files):
+            found = _of_checks(path)
+        elif "pipeline.json" in files and _is_pipeline(path):
+            yield from (one for one in _of_pipeline(path) if one.changed() < before)
+            directories[:] = [name for name in directories if not BEFORE.fullmatch(name)]
+            continue  # with what is below: the run, the dataset
         elif "manifest.json" in files and "train" in directories and _is_dataset(path):
             found = _of_dataset(path)
         elif {"blocks", "files"} == set(directories) and not files and _is_cache(path):
@@ -151,6 +176,15 @@ def _below(top: Path, before: float, finished_checkpoints: bool, kept: list[dict
             continue
         directories.clear()
         yield from (one for one in found if one.changed() < before)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether config.yaml is as `pretrain train` writes it, with all sections."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and config.keys() >= SECTIONS
 
 
 def _in_use(run_dir: Path) -> str | None:
@@ -168,12 +202,34 @@ def _of_run(run_dir: Path) -> Iterator[Leftover]:
     for path in _entries(run_dir / "checkpoints"):
         if (aside := SET_ASIDE_NAME.fullmatch(path.name)) and _is_directory(path):
             yield Leftover(path, SET_ASIDE[aside[1]])
-    for name, why in (("hangs", "stacks of ranks that hung"), ("profile", "a profile")):
-        if _is_directory(run_dir / name):
-            yield Leftover(run_dir / name, why)
+    for name, (why, pattern) in REPORTS.items():
+        inside = _entries(run_dir / name)
+        ours = [path for path in inside if pattern.fullmatch(path.name) and _is_file(path)]
+        if ours:  # the directory goes when nothing else is in it
+            yield Leftover(run_dir / name, why, () if ours == inside else tuple(ours))
+    yield from _of_checks(run_dir)
     for path in _entries(run_dir):
         if RUN_TEMPORARY.fullmatch(path.name) and _is_file(path):
             yield Leftover(path, "a file that its life did not finish")
+
+
+def _of_checks(run_dir: Path) -> Iterator[Leftover]:
+    for path in _entries(run_dir):
+        if OF_CHECKS.fullmatch(path.name) and _is_file(path) and time.time() - _changed(path) > CHECKS_SECONDS:
+            yield Leftover(path, "a file of checks that were killed")
+
+
+def _is_pipeline(path: Path) -> bool:
+    record = _json(path / "pipeline.json")
+    return isinstance(record, dict) and isinstance(record.get("stages"), dict)
+
+
+def _of_pipeline(out: Path) -> Iterator[Leftover]:
+    for path in _entries(out):
+        if BEFORE.fullmatch(path.name) and _is_directory(path):
+            yield Leftover(path, "made from the run as it was before it went on")
+        elif PIPELINE_TEMPORARY.fullmatch(path.name) and _is_file(path):
+            yield Leftover(path, "a file that a submit did not finish")
 
 
 def _earlier_checkpoints(run_dir: Path, before: float, kept: list[dict[str, str]]) -> list[Leftover]:
@@ -236,7 +292,7 @@ def _of_cache(cache: Path, before: float) -> Iterator[Leftover]:
 
 def _scratch() -> Iterator[Leftover]:
     """Directories of jobs on this node; only our own, as everybody may write to a node's disk."""
-    scratch, user = Path(os.environ.get("SCRATCH") or gettempdir()), pwd.getpwuid(os.getuid()).pw_name
+    scratch, user = Path(os.environ.get("LOCAL_SCRATCH") or gettempdir()), pwd.getpwuid(os.getuid()).pw_name
     name = re.compile(rf"dnabert2-{re.escape(user)}-(\d+)")
     here = [(path, found[1]) for path in _entries(scratch) if (found := name.fullmatch(path.name)) and _is_directory(path)]
     known = known_jobs()  # asked after looking: a job that starts now is known, or its directory is not among these
@@ -280,9 +336,9 @@ def _stats(path: Path) -> Iterator[os.stat_result]:
 
 
 def _changed(path: Path) -> float:
-    """When anything in it was last written, or a checkpoint was set aside; now, if it is gone."""
+    """When anything in it was last written, or it was set aside; now, if it is gone."""
     stats = list(_stats(path))
-    renamed = [stats[0].st_ctime] if stats and SET_ASIDE_NAME.fullmatch(path.name) else []  # mtime stays
+    renamed = [stats[0].st_ctime] if stats and RENAMED.fullmatch(path.name) else []  # mtime stays
     return max([*renamed, *(one.st_mtime for one in stats)], default=time.time())
 
 

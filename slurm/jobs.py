@@ -69,17 +69,21 @@ def has_ended(job: dict[str, Any]) -> bool:
 def owner_lives(run_dir: Path, lease: dict[str, Any]) -> bool | None:
     """Whether the owner of RUN_DIR/lease.json lives; None when that can't be known from here.
 
-    Looked up among the processes of this machine; of another machine's it is known to be dead when its job has ended and the
-    file has not been written for ten minutes. That the file was written lately proves nothing: clocks differ.
+    Looked up among the processes of this machine. One that lives and has written another file, of which this is a copy, does
+    not count. An owner on another machine is known to be dead when its job has ended and the file has not been written for
+    ten minutes. That the file was written lately proves nothing: clocks differ.
     """
-    alive = is_alive(lease)
-    if alive is not None or not lease.get("job"):
-        return alive
+    alive, job = is_alive(lease), lease.get("job")
     try:
-        quiet = time.time() - (run_dir / "lease.json").stat().st_mtime > QUIET_SECONDS
+        file = (run_dir / "lease.json").stat()
     except FileNotFoundError:
-        return None
-    return False if quiet and has_ended(find_job(lease["job"])) else None
+        return alive  # released at this moment
+    if alive:
+        return lease.get("inode") == file.st_ino
+    if alive is not None or not isinstance(job, str):
+        return alive
+    quiet = time.time() - file.st_mtime > QUIET_SECONDS
+    return False if quiet and has_ended(find_job(job)) else None
 
 
 def _ask(*command: str) -> tuple[str | None, str | None]:

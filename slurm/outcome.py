@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from data_prep.cli import DONE, HUNG, RUN_AGAIN, log
-from pretrain.lives import read_lives
 
 NOTICES = {128 + signal.SIGUSR1, 128 + signal.SIGTERM}
 
@@ -61,12 +59,6 @@ def newest_checkpoint(run_dir: Path) -> int:
     """The newest committed step; 0 where there is none."""
     steps = [path.parent.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*/MANIFEST.json")]
     return max((int(step) for step in steps if step.isdigit()), default=0)
-
-
-def without_progress(run_dir: Path) -> int:
-    """How many of the last lives, one after the other, began at the step that is still the newest."""
-    newest = newest_checkpoint(run_dir)
-    return len(list(takewhile(lambda life: life["from_step"] == newest, reversed(read_lives(run_dir)))))
 
 
 def _read(path: Path) -> dict[str, Any]:

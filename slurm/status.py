@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,19 @@ from data_prep.cli import BAD_INPUT, DONE, HUNG, RUN_AGAIN, InputError, log
 from pretrain.lease import holder
 from pretrain.lives import read_lives
 from slurm.jobs import find_job, has_ended, owner_lives
-from slurm.outcome import without_progress
+from slurm.outcome import newest_checkpoint
+from slurm.preflight.check import MISS
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, which can be huge: some hundred records
 RECENT = 20  # records, for medians
 SILENT_INTERVALS, SILENT_SECONDS = 5.0, 120.0  # without a metric line, from where it is remarkable: both have to pass
+SPEED = {"tokens_per_second": "tokens_per_second", "mfu": "mfu", "seconds_per_step": "step_seconds_p50"}
 STUCK_LIVES = 3  # in a row without a new checkpoint, this one included, from where the last line says so
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 AT_WORK = {"running", "silent"}
-FILES = ("config.yaml", "lives.jsonl", "lease.json", "exit.json", "preflight.json", "checkpoints")
+FILES = {"config.yaml", "lives.jsonl", "lease.json", "exit.json", "preflight.json", "checkpoints"}
+TOKEN = ".preflight-*"  # what the checks before training put into a run directory, and soon remove
+CHECKS_SECONDS = 900.0  # more than they take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,20 +55,27 @@ def status(run_dir: Path) -> dict[str, Any]:
 
     `step`, `last_step` (where the run ends), `loss`, `tokens_per_second`, `mfu`, `seconds_per_step` (medians of the last
     records), `metrics_age`, `silent`; `checkpoint` {`step`, `age`}; `job` (see `find_job`); `lease` with `alive`; `lives`,
-    `life` (the last one) and `lives_without_progress` (see `slurm.outcome`); `exit` (exit.json); `seconds_left` of training
-    and `more_lives` after this one; `state`, a word, and `advice`, a line.
+    `life` (the last one) and `lives_without_progress`; `exit` (exit.json); `preflight` {`status`,
+    `job`, `time`, `bad_nodes`, `missed`: rows}, if no life has begun since; `checking`, the age of checks that may be at
+    work; `seconds_left` of training and `more_lives` after this one; `state`, a word, and `advice`, a line.
 
     Raises InputError where there is no run directory.
     """
     if not run_dir.is_dir():
         raise InputError(f"{run_dir}: no such directory; a run makes it when its job starts (squeue --me lists what waits)")
-    if not any((run_dir / name).exists() for name in FILES):
-        raise InputError(f"{run_dir}: not a run directory: it has none of {', '.join(FILES)}")
+    names = {path.name for path in run_dir.iterdir()}
+    checking = _age_of_token(run_dir)
+    if not (names & FILES or checking is not None or all(name.startswith(".") for name in names)):
+        raise InputError(f"{run_dir}: not a run directory: it has none of {', '.join(sorted(FILES))}")
     lives, lease = read_lives(run_dir), holder(run_dir)
     life = lives[-1] if lives else None
+    preflight = _preflight(run_dir / "preflight.json", life)
+    sources = [preflight, lease, life]  # of the job, newest first, but nothing is newer than an owner that lives
     if lease is not None:
         lease["alive"] = owner_lives(run_dir, lease)
-    job_id = (lease or {}).get("job") or (life or {}).get("job")
+        if lease["alive"] is not False:
+            sources = [lease, preflight, life]
+    job_id = next((one["job"] for one in sources if one is not None and isinstance(one.get("job"), str)), None)
     found: dict[str, Any] = {
         "run_dir": str(run_dir),
         "last_step": _last_step(run_dir / "config.yaml"),
@@ -73,8 +85,10 @@ def status(run_dir: Path) -> dict[str, Any]:
         "lease": lease,
         "lives": len(lives),
         "life": life,
-        "lives_without_progress": without_progress(run_dir),
+        "lives_without_progress": _without_progress(lives, newest_checkpoint(run_dir)),
         "exit": _exit(run_dir / "exit.json"),
+        "preflight": preflight,
+        "checking": checking if checking is not None and checking < CHECKS_SECONDS else None,
     }
     found["state"], found["advice"] = _judge(found)
     found["silent"] = found["state"] == "silent"
@@ -86,8 +100,8 @@ def _last_step(path: Path) -> int | None:
         return None
     try:
         train = yaml.safe_load(path.read_bytes())["train"]
-        return int(min(train["max_steps"], train.get("stop_at_step") or train["max_steps"]))
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        return int(min(step for step in (train["max_steps"], train.get("stop_at_step")) if step is not None))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not the configuration of a run: {' '.join(str(error).split())}") from None
 
 
@@ -97,8 +111,7 @@ def _metrics(path: Path) -> dict[str, Any]:
     recent = records[-RECENT:]
     found: dict[str, Any] = {"step": recent[-1]["step"] if recent else None, "metrics_age": age}
     found["loss"] = recent[-1].get("loss") if recent else None
-    names = {"tokens_per_second": "tokens_per_second", "mfu": "mfu", "seconds_per_step": "step_seconds_p50"}
-    for name, key in names.items():
+    for name, key in SPEED.items():
         values = [record[key] for record in recent if record.get(key) is not None]
         found[name] = statistics.median(values) if values else None
     usual = 0.0
@@ -109,7 +122,7 @@ def _metrics(path: Path) -> dict[str, Any]:
 
 
 def _tail(path: Path) -> tuple[list[dict[str, Any]], float | None]:
-    """The last records of a metrics.jsonl, without what is torn, and the age of the file."""
+    """The last records of a metrics.jsonl, without what is torn or has no numbers, and the age of the file."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -122,11 +135,17 @@ def _tail(path: Path) -> tuple[list[dict[str, Any]], float | None]:
     for line in lines:
         try:
             record = json.loads(line)
-            int(record["step"])
-        except (ValueError, TypeError, KeyError):
+            values = [record.get(key) for key in ("loss", *SPEED.values())]
+        except (ValueError, AttributeError):
             continue
-        records.append(record)
+        if isinstance(record.get("step"), int) and all(isinstance(value, int | float | None) for value in values):
+            records.append(record)
     return records, age
+
+
+def _without_progress(lives: list[dict[str, Any]], newest: int) -> int:
+    """How many of the last lives, one after the other, began at the step that is still the newest."""
+    return len(list(takewhile(lambda life: life["from_step"] == newest, reversed(lives))))
 
 
 def _newest_checkpoint(directory: Path) -> dict[str, Any] | None:
@@ -135,9 +154,17 @@ def _newest_checkpoint(directory: Path) -> dict[str, Any] | None:
         try:
             if number.isdigit():
                 return {"step": int(number), "age": max(0.0, time.time() - (path / "MANIFEST.json").stat().st_mtime)}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue  # damaged, or removed meanwhile
     return None
+
+
+def _age_of_token(run_dir: Path) -> float | None:
+    try:
+        ages = [time.time() - path.stat().st_mtime for path in run_dir.glob(TOKEN)]
+    except FileNotFoundError:
+        return None  # removed at this moment
+    return max(0.0, min(ages)) if ages else None
 
 
 def _exit(path: Path) -> dict[str, Any] | None:
@@ -145,6 +172,23 @@ def _exit(path: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(path.read_bytes())
         return record if isinstance(record["status"], int) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _preflight(path: Path, life: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The last checks; None where there were none, or a life has begun since: then they are of another start."""
+    try:
+        record = json.loads(path.read_bytes())
+        if life is not None and str(life["time"] or "") > record["time"]:
+            return None
+        missed = [
+            {key: str(row[key]) for key in ("group", "name", "found", "fix")}
+            for row in record["checks"]
+            if row["verdict"] == MISS
+        ]
+        nodes = [str(node) for node in record.get("bad_nodes") or []]
+        return {key: record[key] for key in ("status", "job", "time")} | {"bad_nodes": nodes, "missed": missed}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -182,10 +226,17 @@ def _judge(found: dict[str, Any]) -> tuple[str, str]:
 def _judge_end(found: dict[str, Any], warning: str) -> tuple[str, str]:
     """Of a run that nobody runs now."""
     job, ended = found["job"], found["exit"]
-    again = f"submit it again, unless a job of it waits already (squeue --me){warning}"
+    again = f"submit it again, unless a job of it is in the queue already (squeue --me){warning}"
     job_ended = job is not None and job["state"] is not None
     how = f" (job {job['id']}: {job['state']})" if job_ended else ""
     if ended is None:
+        if found["checking"] is not None:
+            return (
+                "checking",
+                f"its nodes are checked before it trains, for {_span(found['checking'])} now, or that was killed{how}",
+            )
+        if found["preflight"] is not None and found["preflight"]["missed"]:
+            return "refused", _refusal(found["preflight"], again)
         if found["life"] is None and found["lease"] is None:
             return "new", f"no life has begun to train{how}; if its job has run, the job's output says why: {again}"
         return "dead", f"ended without a word, killed or with its node{how}: {again}"
@@ -200,6 +251,17 @@ def _judge_end(found: dict[str, Any], warning: str) -> tuple[str, str]:
         return "failed", f"failed, status {number}: {reason}: mend that, and submit it again"
     output = f" (the job's output: {job['output']})" if job is not None and job.get("output") else ""
     return "failed", f"failed, status {number}: {reason}{how}: find the cause{output}, then {again}"
+
+
+def _refusal(checks: dict[str, Any], again: str) -> str:
+    """What was missing before training, first of all; a job comes back by itself where that was a node."""
+    first, more = checks["missed"][0], len(checks["missed"]) - 1
+    text = f"refused by the checks before training, status {checks['status']}: {first['group']}, {first['name']}: "
+    text += f"{first['found']}; {first['fix']}" + (f" (and {more} more MISS in preflight.json)" if more else "")
+    if checks["status"] != HUNG:
+        return f"{text}: then submit it again"
+    nodes = ",".join(checks["bad_nodes"])
+    return f"{text}: its job comes back by itself{nodes and f', without {nodes}'}; else {again}"
 
 
 def _to_come(found: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +281,7 @@ def _lines(found: dict[str, Any]) -> dict[str, str]:
     lines = {"run": found["run_dir"]}
     step, last = found["step"], found["last_step"]
     if step is not None:
-        of = "" if last is None else f" of {last} ({step / last:.1%})"
+        of = "" if not last else f" of {last} ({step / last:.1%})"
         loss = "" if found["loss"] is None else f", loss {found['loss']:.4f}"
         lines["step"] = f"{step}{of}{loss}, written {_span(found['metrics_age'])} ago"
     elif last is not None:

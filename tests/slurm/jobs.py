@@ -37,10 +37,10 @@ class Run:
 
     def submit(self, options: list[str], *overrides: str, **env: str) -> str:
         """Two nodes, a rank each, unless `options` say something else."""
-        env = {"RUN_DIR": str(self.dir), "DATASET": str(self.dataset), "RANKS_PER_NODE": "1", "PREFLIGHT": "0"} | env
-        env |= {"GATE": str(self.gate), "GATE_STEP": str(GATE_STEP), "PYTHON": gated_python(self.gate.parent)}
+        usual = {"RUN_DIR": str(self.dir), "DATASET": str(self.dataset), "RANKS_PER_NODE": "1", "PREFLIGHT": "0"}
+        usual |= {"GATE": str(self.gate), "GATE_STEP": str(GATE_STEP), "PYTHON": gated_python(self.gate.parent)}
         options = [f"--chdir={ROOT}", "--nodes=2", "--mincpus=1", "--oversubscribe", *options]
-        return self.cluster.submit(*options, str(ROOT / "slurm" / "pretrain.sbatch"), *RUN, *overrides, **env)
+        return self.cluster.submit(*options, str(ROOT / "slurm" / "pretrain.sbatch"), *RUN, *overrides, **(usual | env))
 
     def wait_at_gate(self, job: str) -> None:
         """Until step 3 is committed and the step before the gate is logged."""

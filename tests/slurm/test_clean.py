@@ -4,15 +4,18 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data_prep.cache import store
 from data_prep.cli import InputError
+from pretrain.config import load_config
 from pretrain.lease import Lease
 from slurm.clean import add_arguments, run
 from tests.slurm.cluster import SlurmCluster
@@ -51,7 +54,8 @@ def save_step(run_dir: Path, step: int) -> Path:
 def make_run(run_dir: Path) -> Path:
     for step in (100, 200, 300):
         save_step(run_dir, step)
-    write(run_dir / "config.yaml")
+    config = load_config("tiny", [f"run_dir={run_dir}", "data.path=dataset"]).model_dump(mode="json")
+    write(run_dir / "config.yaml", yaml.safe_dump(config).encode())
     write(run_dir / "exit.json", b'{"status": 0}')
     return run_dir
 
@@ -64,12 +68,17 @@ def test_a_run_loses_what_its_dead_lives_left_and_nothing_else(tmp_path: Path) -
         "checkpoints/step-000000400.tmp-life/rank-00000-of-00001.safetensors",
         "checkpoints/step-000000250.damaged-life/MANIFEST.json",
         "checkpoints/step-000000260.left-life/MANIFEST.json",
-        "hangs/life-rank-00000.txt",
-        "profile/trace.json.gz",
+        "hangs/20260501T120000-0a1b2c-rank-00000.txt",
+        "profile/rank-00000-steps-3-5.json.gz",
         ".exit.json.ab_9cdef",
+        ".preflight.json.ab_9cdef",
+        ".preflight-ab_9cdef",
     }
     for name in leftovers:
         write(run_dir / name)
+        if name.startswith(".preflight"):
+            os.utime(run_dir / name, (time.time() - 7200,) * 2)
+    write(run_dir / ".preflight-fedc9_ba")  # of checks that may be at work
     write(elsewhere / "of-others")
     (checkpoints / "step-000000500.tmp-linked").symlink_to(elsewhere)
     (tmp_path / "runs" / "linked").symlink_to(run_dir)
@@ -82,12 +91,65 @@ def test_a_run_loses_what_its_dead_lives_left_and_nothing_else(tmp_path: Path) -
     assert clean(tmp_path / "runs", "--yes")["found"] == []  # all of it is younger than a week
     listed = clean(tmp_path / "runs", "--older-than", "0")
     expected = {name if name.startswith(".") else name.rpartition("/")[0] for name in leftovers}
-    assert names(listed, run_dir) == expected and not listed["removed"] and listed["bytes"] == 6000
+    assert names(listed, run_dir) == expected and not listed["removed"] and listed["bytes"] == 8000
     assert tree(tmp_path) == before
 
     assert clean(tmp_path / "runs", "--older-than", "0", "--yes")["removed"]
     after = tree(tmp_path)
     assert after == before - {f"runs/a/{name}" for name in leftovers | expected} and kept < after
+
+
+def test_files_of_others_in_a_run_stay(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    ours = {"hangs/20260501T120000-0a1b2c-rank-00012.txt", "profile/summary.json", "profile/.rank-00000-steps-3-5.json.gz"}
+    for name in ours:
+        write(run_dir / name)
+    for name in ("hangs/notes.txt", "profile/nsys/report", "profile/rank-00000-steps-3-5.json.gz/mine"):
+        write(run_dir / name)
+    before = tree(run_dir)
+    found = clean(run_dir, "--older-than", "0", "--yes")
+    assert names(found, run_dir) == {"hangs", "profile"} and found["bytes"] == 3000
+    assert before - tree(run_dir) == ours
+
+
+def test_runs_of_other_projects_are_left_alone(tmp_path: Path) -> None:
+    for number, config in enumerate([b"model: resnet\ndata: {}\ntrain: {}\ncheckpoint: {}\n", b"- 1\n", b"\xff: [", b""]):
+        for name in (
+            "checkpoints/step-1.tmp-2/weights",
+            "hangs/20260501T120000-0a1b2c-rank-00000.txt",
+            ".exit.json.ab_9cdef",
+        ):
+            write(tmp_path / str(number) / name)
+        write(tmp_path / str(number) / "config.yaml", config)
+    before = tree(tmp_path)
+    assert clean(tmp_path, "--older-than", "0", "--yes")["found"] == [] and tree(tmp_path) == before
+
+
+def test_what_killed_checks_left_goes_also_where_no_run_began(tmp_path: Path) -> None:
+    for name in ("run/.preflight-ab_9cdef", "run/preflight.json", "other/.preflight-ab_9cdef", "other/code.py"):
+        write(tmp_path / name)
+        os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    assert names(clean(tmp_path, "--older-than", "0"), tmp_path) == {"run/.preflight-ab_9cdef"}
+
+
+def test_a_pipeline_loses_what_was_set_aside_when_its_run_went_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    set_aside = {f"{name}.before-20260501T120000" for name in ("hf", "results", "report")}
+    for top in (out, tmp_path / "other"):
+        for name in (*set_aside, "hf", "hf.before-mine", "logs.before-20260501T120000"):
+            write(top / name / "file")
+        write(top / ".pipeline.json.ab_9cdef")
+    old = time.time() - 30 * 86400
+    for name in set_aside:
+        os.utime(out / name / "file", (old, old))
+    write(out / "pipeline.json", b'{"stages": {}}')
+    write(tmp_path / "other" / "pipeline.json", b"[]")
+    make_run(out / "run")
+    write(out / "run" / ".exit.json.ab_9cdef")
+    assert clean(tmp_path, "--yes")["found"] == []  # set aside just now, however old
+    found = names(clean(tmp_path, "--older-than", "0", "--yes"), out)
+    assert found == set_aside | {".pipeline.json.ab_9cdef", "run/.exit.json.ab_9cdef"}
+    assert not any((out / name).exists() for name in found) and (out / "hf" / "file").exists()
 
 
 def test_a_run_that_somebody_holds_is_left_alone(tmp_path: Path) -> None:
@@ -97,6 +159,8 @@ def test_a_run_that_somebody_holds_is_left_alone(tmp_path: Path) -> None:
     try:
         found = clean(run_dir, "--older-than", "0", "--finished-checkpoints", "--yes")
         assert found["found"] == [] and [row["path"] for row in found["kept"]] == [str(run_dir)]
+        shutil.copytree(run_dir, tmp_path / "copy")
+        assert names(clean(tmp_path / "copy", "--older-than", "0"), tmp_path) == {"copy/checkpoints/step-000000400.tmp-life"}
     finally:
         left = json.loads((run_dir / "lease.json").read_text())
         lease.release()
@@ -112,7 +176,7 @@ def test_a_run_that_somebody_holds_is_left_alone(tmp_path: Path) -> None:
 def test_a_finished_run_keeps_its_last_checkpoint_if_that_is_whole(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     steps = {f"checkpoints/step-{step:09d}" for step in (100, 200)}
-    command = [run_dir, "--older-than", "0", "--finished-checkpoints"]
+    command: list[str | Path] = [run_dir, "--older-than", "0", "--finished-checkpoints"]
     assert clean(run_dir, "--older-than", "0")["found"] == []
     assert names(clean(*command), run_dir) == steps
     (run_dir / "exit.json").write_text('{"status": 75}')
@@ -193,7 +257,7 @@ def test_scratch_of_jobs_that_slurm_does_not_know_goes(cluster: SlurmCluster, tm
             write(tmp_path / name / "triton" / "kernel")
         (tmp_path / "dnabert2-root-999998").symlink_to(tmp_path / "dnabert2-other-999999")
         command = [sys.executable, "-m", "slurm", "clean", "--scratch", "--yes", "--json"]
-        done = cluster.run(*command, check=False, SCRATCH=str(tmp_path), PYTHONPATH=str(ROOT))
+        done = cluster.run(*command, check=False, LOCAL_SCRATCH=str(tmp_path), PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
         assert names(json.loads(done.stdout.splitlines()[-1]), tmp_path) == {"dnabert2-root-999999"}
         assert len(list(tmp_path.iterdir())) == 4 and not (tmp_path / "dnabert2-root-999999").exists()

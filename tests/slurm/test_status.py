@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import yaml
 from data_prep.cli import InputError
 from pretrain.lease import Lease
 from pretrain.lives import record_life
+from slurm.preflight import disk
+from slurm.preflight.check import MISS, OK, WARN, Check
 from slurm.status import status
 from tests.slurm.cluster import SlurmCluster
 
@@ -36,6 +40,12 @@ def make_run(path: Path, last_step: int, saved: int, max_steps: int = 10_000) ->
 
 def write_exit(run_dir: Path, number: int, reason: str) -> None:
     (run_dir / "exit.json").write_text(json.dumps({"status": number, "reason": reason, "checkpoint_step": None}))
+
+
+def write_checks(run_dir: Path, number: int, *checks: Check, bad_nodes: tuple[str, ...] = (), at: str = "9999") -> None:
+    rows = [check.row() for check in (Check("python", "versions", OK, "fine"), *checks)]
+    record = {"status": number, "verdict": MISS, "job": None, "time": at, "checks": rows, "bad_nodes": bad_nodes}
+    (run_dir / "preflight.json").write_text(json.dumps(record))
 
 
 def set_job(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
@@ -102,6 +112,81 @@ def test_a_life_that_runs_is_told_from_one_that_starts_is_silent_or_was_killed(
         lease.release()
 
 
+def test_a_copy_of_a_run_that_lives_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_slurm(monkeypatch, tmp_path)
+    run_dir = make_run(tmp_path / "run", last_step=50, saved=50)
+    lease = Lease.take(run_dir, "life")
+    try:
+        shutil.copytree(run_dir, tmp_path / "copy")
+        assert (status(run_dir)["state"], status(tmp_path / "copy")["state"]) == ("running", "dead")
+    finally:
+        lease.release()
+
+
+def test_a_start_that_the_checks_refused_says_what_was_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_slurm(monkeypatch, tmp_path)
+    run_dir = make_run(tmp_path / "run", last_step=50, saved=50)
+    record_life(run_dir, "life", 1, 50)
+    warning = Check("gpu", "ECC", WARN, "not known", "look")
+    dataset = Check("dataset", "path", MISS, "/gone: not found", "mount it")
+    node = Check("nodes", "roll call", MISS, "node7 did not come", "look at it", again=True)
+    write_checks(run_dir, 2, warning, dataset, node)
+    found = status(run_dir)
+    assert found["state"] == "refused" and [row["name"] for row in found["preflight"]["missed"]] == ["path", "roll call"]
+    assert "status 2: dataset, path: /gone: not found; mount it (and 1 more MISS" in found["advice"]
+    assert found["advice"].endswith(": then submit it again")
+
+    write_checks(run_dir, 70, node, bad_nodes=("node7", "node9"))
+    advice = status(run_dir)["advice"]
+    assert "node7 did not come" in advice and "its job comes back by itself, without node7,node9; else submit it" in advice
+
+    write_checks(run_dir, 0, warning)
+    assert status(run_dir)["state"] == "dead"
+    write_checks(run_dir, 2, dataset, at="2026-01-01T00:00:00Z")  # of a start before that life
+    assert status(run_dir)["state"] == "dead"
+    write_checks(run_dir, 2, dataset)
+    write_exit(run_dir, 75, "SIGUSR1")
+    assert status(run_dir)["state"] == "stopped"
+
+
+def test_a_run_directory_is_known_before_its_first_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_slurm(monkeypatch, tmp_path)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert (status(run_dir)["state"], status(run_dir)["step"]) == ("new", None)
+    _, token = tempfile.mkstemp(dir=run_dir, prefix=disk.TOKEN)
+    (run_dir / "pretrain-7.out").touch()
+    assert status(run_dir)["state"] == "checking"
+    os.utime(token, (0, 0))  # of a rank that was killed
+    found = status(run_dir)
+    assert found["state"] == "new" and "no life has begun to train; if its job has run" in found["advice"]
+    write_checks(run_dir, 2, Check("dataset", "path", MISS, "/gone: not found", "mount it"))
+    assert status(run_dir)["state"] == "refused"
+
+
+def test_files_with_wrong_values_are_named_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_slurm(monkeypatch, tmp_path)
+    run_dir = make_run(tmp_path / "run", last_step=50, saved=50)
+    lives = [{"from_step": 3}, {"from_step": "3"}, {"from_step": 3, "restart": "first"}, [3], 3]
+    (run_dir / "lives.jsonl").write_text("".join(f"{json.dumps(life)}\n" for life in lives))
+    records = [{"step": "51"}, {"step": 51, "loss": "nan"}, {"step": 51, "step_seconds_p50": [1]}, [51], 51]
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.write("\n" + "".join(f"{json.dumps(record)}\n" for record in records))
+    for name in ("exit.json", "preflight.json"):
+        (run_dir / name).write_text('[{"status": 2}]')
+    (run_dir / "lease.json").write_text('{"host": "x", "job": 5}')
+
+    done = subprocess.run([sys.executable, "-m", "slurm", "status", run_dir, "--json"], cwd=ROOT, capture_output=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and (found["step"], found["lives"], found["life"]["job"]) == (50, 1, None)
+    assert found["state"] == "unknown" and "may be running on host x" in found["advice"]
+
+    for steps in ("abc", "[1]", "{}", "", ".inf"):
+        (run_dir / "config.yaml").write_text(f"train: {{max_steps: {steps}}}")
+        with pytest.raises(InputError, match=r"config\.yaml: not the configuration of a run"):
+            status(run_dir)
+
+
 def test_lives_that_get_nowhere_are_counted(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", last_step=120, saved=100)
     for number, step in enumerate([0, 100, 100, 100]):
@@ -114,6 +199,7 @@ def test_lives_that_get_nowhere_are_counted(tmp_path: Path) -> None:
 def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
         status(tmp_path / "missing")
+    (tmp_path / "genomes").mkdir()
     with pytest.raises(InputError, match="not a run directory"):
         status(tmp_path)
 

@@ -6,6 +6,8 @@ The uninterrupted run is one on two ranks under torchrun; whatever happens to a 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,17 @@ def test_a_job_goes_on_without_a_node_that_has_died(
     assert run.lives() == [(2, 0), (1, 3)], log
     assert cluster.job(job)["NodeList"] == "node1"  # though node2 is back
     assert run.losses() == pytest.approx(uninterrupted, rel=1e-5)
+
+
+def test_a_node_on_which_python_does_not_start_is_left_out_by_the_checks(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run = Run(cluster, tmp_path, tiny_dataset, gated=False)
+    python = tmp_path / "python on node1 only"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = node2 ] && exit 127\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    job = run.submit(["--nodes=1-2"], PYTHON=str(python), PREFLIGHT="1", RANKS_WAIT="30")
+    log = run.finish(job)
+    assert "MISS  ranks  did not come within 15 s: node2" in log
+    assert "queued again, without node2" in log
+    assert run.lives() == [(1, 0)], log
