@@ -191,7 +191,7 @@ def disks(facts: Facts, nodes: Nodes) -> list[Check]:
         if disk["free"] < disk["needed"] or not disk["writable"]
     ]
     if low:
-        rows.append(Check("disk", "scratch", WARN, listed(low), "clean up there, or set LOCAL_SCRATCH and TMPDIR to another disk"))
+        rows.append(Check("disk", "scratch", WARN, listed(low), "clean up, or set LOCAL_SCRATCH and TMPDIR to another disk"))
     elif looked:
         least = min((disk["free"], path) for disks in looked.values() for path, disk in disks.items())
         rows.append(Check("disk", "scratch", OK, f"at least {least[0] / 1e9:.1f} GB free ({least[1]})"))
