@@ -83,7 +83,8 @@ requeue() {
     trap '' TERM # Slurm ends this script now; the next lines must still be done
     for try in {1..20}; do
         scontrol requeue "$JOB" && break
-        ((try < 20)) || return 0
+        # Refused, and Slurm has said why; or the controller is away.
+        if scontrol ping | grep -q "is UP" || ((try == 20)); then return; fi
         sleep 10
     done
     say "queued again${excluded:+, without $excluded (to take them back: scontrol update JobId=$JOB ExcNodeList=)}"

@@ -6,7 +6,8 @@ A YAML file (pipeline_file.py) says what; everything is written below its `out`:
     OUT/logs/                                                      the jobs' outputs
     OUT/pipeline.json                                              each stage's last job, its command and its options
 
-Submitting again is safe: a stage whose product is there is left out, one whose job is still in the queue is waited for.
+Submitting again is safe: a stage whose product is there is left out, one whose job is still in the queue is waited for. A
+job's comment is OUT: so one is found again of which Slurm didn't tell, or of which nothing could be recorded any more.
 Values of the file reach the jobs as arguments and environment, never through a shell. This needs no torch; where there is
 one, the run's configuration is checked before anything is submitted.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -29,12 +31,11 @@ from typing import Any
 import yaml
 
 from data_prep.cli import InputError, dump_json, log, write_atomically
-from finetune.suite import results_files
-from slurm.pipeline_file import Finetune, Pipeline, Pretrain, read_pipeline
+from finetune.suite import find_tasks, results_files
+from slurm.pipeline_file import Finetune, Pipeline, Pretrain, flatten, read_config, read_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of a run: where these change, a finished one is not finished any more. Whether they may, `pretrain train` says.
-LENGTH = frozenset({"train.max_steps", "train.stop_at_step"})
+STOP = "train.stop_at_step"  # where it grows, a finished run is not finished any more
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Stage:
     product: Path
     made: bool  # the product is there, whole
     options: dict[str, str] = field(default_factory=dict)  # what the product depends on
-    may_change: frozenset[str] = frozenset()  # those that a product may have been made with otherwise
+    may_change: tuple[str, ...] = ()  # beginnings of those that a product may have been made with otherwise
+    begun: bool = False  # a part of the product is there, which is known to need the same options
+    stale: tuple[Path, ...] = ()  # what would stand in the way, or seem to be made, once the stage is done again
     environment: dict[str, str] = field(default_factory=dict)
     array: int | None = None
 
@@ -82,13 +85,13 @@ def submit(file: Path, dry_run: bool = False) -> dict[str, Any]:
     folder = Path(os.path.abspath(file.parent))
     out = _absolute(folder, pipeline.out)
     result: dict[str, Any] = {"out": str(out), "jobs": {}, "done": [], "queued": [], "submitted": []}
-    stages = plan(pipeline, folder, out, _read_record(out / "pipeline.json"))  # first: it refuses what is wrong
+    stages = plan(pipeline, folder, out)  # first: it refuses what is wrong
     with _alone(out, dry_run):
         record = _read_record(out / "pipeline.json")
-        queue = _queue(record)
+        queue = _queue(out, record)
         states = _states(stages, queue)
         for stage in stages:
-            _compare(stage, record.get(stage.name), states[stage.name])
+            _compare(stage, record.get(stage.name), states[stage.name], queue.get(stage.name))
         log(f"{'stage':<10} {'job':>12} {'after':>12}  state")
         after = None
         for stage in stages:
@@ -102,10 +105,13 @@ def submit(file: Path, dry_run: bool = False) -> dict[str, Any]:
                     variables = [f"{name}={value}" for name, value in stage.environment.items()]
                     print(shlex.join([*(["env", *variables] if variables else []), *command]), flush=True)
                 else:
-                    _set_aside(stage)
+                    record[stage.name] = {"job": None, "command": command, "options": stage.options}
+                    _write_record(out, record)  # first: a job that nobody told us of may be in the queue all the same
                     job = _submit(stage, command, out)
-                    record[stage.name] = {"job": job, "command": command, "options": stage.options}
-                    write_atomically(out / "pipeline.json", dump_json({"stages": record}))
+            if not dry_run and job is not None and job != record[stage.name]["job"]:
+                _set_aside(stage.stale)  # now that the job is accepted
+                record[stage.name]["job"] = job
+                _write_record(out, record)
             shown = "to submit" if dry_run and state == "submitted" else state
             log(f"{stage.name:<10} {job or '-':>12} {(job and after) or '-':>12}  {shown}")
             result["jobs"][stage.name] = after = job
@@ -113,18 +119,20 @@ def submit(file: Path, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
-def plan(pipeline: Pipeline, folder: Path, out: Path, record: Mapping[str, Any]) -> list[Stage]:
+def plan(pipeline: Pipeline, folder: Path, out: Path) -> list[Stage]:
     """All stages in their order; InputError where an input is missing."""
     stages: list[Stage] = []
+    given: dict[str, str] = {}
     if pipeline.dataset is None:
         dataset = out / "dataset"
         stages += _data_preparation(pipeline, folder, out, dataset)
     else:
         dataset = _absolute(folder, pipeline.dataset)
-        if not (dataset / "manifest.json").is_file():
+        manifest = dataset / "manifest.json"
+        if not manifest.is_file():
             raise InputError(f"{dataset}: not a finished dataset, it has no manifest.json")
-    run_options = record.get("pretrain", {}).get("options")
-    stages.append(_pretraining(pipeline.pretrain, folder, out, dataset, run_options))
+        given = {"dataset manifest sha256": hashlib.sha256(manifest.read_bytes()).hexdigest()}
+    stages.append(_pretraining(pipeline.pretrain, folder, out, dataset, given))
     if pipeline.gue is not None:
         stages += _fine_tuning(pipeline.finetune, _absolute(folder, pipeline.gue), out, stages[-1].made)
     return stages
@@ -151,49 +159,66 @@ def _data_preparation(pipeline: Pipeline, folder: Path, out: Path, dataset: Path
     yield Stage("finalize", "data_prep", ["finalize", str(dataset)], dataset, whole)
 
 
-def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, made_with: dict[str, str] | None) -> Stage:
+def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, given: dict[str, str]) -> Stage:
     run_dir, model = out / "run", out / "hf"
     file = _absolute(folder, section.config)
     config = str(file) if file.is_file() else section.config
-    overrides = _flatten(section.overrides)
+    overrides = flatten(section.overrides)
     for key in {"run_dir", "data.path"} & overrides.keys():
         raise InputError(f"pretrain.overrides: {key} follows from out and dataset; leave it out")
     words = [f"{key}={value}" for key, value in overrides.items()]
-    may_change = LENGTH
+    may_change, begun = [STOP], False
     try:
-        from pretrain.config import MAY_CHANGE, load_config
+        from pretrain.config import MAY_CHANGE, NEW_EPOCH_MAY_CHANGE, load_config
 
-        load_config(config, [*words, f"run_dir={json.dumps(str(run_dir))}", f"data.path={json.dumps(str(dataset))}"])
-        may_change |= MAY_CHANGE
+        loaded = load_config(
+            config, [*words, f"run_dir={json.dumps(str(run_dir))}", f"data.path={json.dumps(str(dataset))}"]
+        )
+        may_change += [*MAY_CHANGE, *((*NEW_EPOCH_MAY_CHANGE, *given) if loaded.data.start_new_epoch else ())]
+        begun = (run_dir / "config.yaml").is_file()
     except ModuleNotFoundError as error:
         log(f"pretrain: there is no {error.name} here, so its configuration is not checked before its job starts")
-    options = {"config": config, **overrides}
-    longer = made_with is not None and any(made_with.get(key) != options.get(key) for key in LENGTH)
-    made = not longer and _finished(run_dir) and (model / "config.json").is_file()
+    # What the file holds, not its name: it may be edited.
+    options = flatten(read_config(config)) | overrides | given
+    options = {key: value for key, value in options.items() if key not in ("run_dir", "data.path")}
+    finished = _finished(run_dir, json.loads(options.get(STOP, "null")))
+    # Newer than the last checkpoint: it may be that of the run as it was before it was made longer.
+    trained = [path.stat().st_mtime for path in run_dir.glob("checkpoints/step-*/MANIFEST.json")]
+    exported = (model / "config.json").is_file()
+    made = finished and exported and (model / "config.json").stat().st_mtime >= max(trained, default=0)
+    # What has come of a finished run, of which only the export is missing, still counts.
+    stale = () if finished and not exported else (model, out / "results", out / "report")
     environment = {"RUN_DIR": str(run_dir), "DATASET": str(dataset), "EXPORT": str(model)}
-    return Stage("pretrain", "pretrain", [config, *words], run_dir, made, options, may_change, environment)
+    arguments = [config, *words]
+    return Stage(
+        "pretrain", "pretrain", arguments, run_dir, made, options, tuple(may_change), begun, stale, environment=environment
+    )
 
 
 def _fine_tuning(section: Finetune, data: Path, out: Path, trained: bool) -> Iterator[Stage]:
     model, results, table = out / "hf", out / "results", out / "report" / "table.md"
     options = {"data": str(data)} | section.options()
+    section.check(find_tasks(data, section.tasks))
     files = results_files(data, results, section.label or model.name, section.seeds, section.tasks)
     # Results of a model that is to be trained further are not its results; the runs themselves look at its weights.
     made = trained and all(file.is_file() for file in files)
     arguments = ["gue", f"--model={model}", f"--out={results}", *_flags(options)]
     arguments += ["--tasks", *section.tasks] if section.tasks else []
-    yield Stage("finetune", "finetune", arguments, results, made, options, frozenset({"seeds"}), array=section.array)
+    yield Stage("finetune", "finetune", arguments, results, made, options, ("seeds",), array=section.array)
     made = made and table.is_file() and table.stat().st_mtime >= max(file.stat().st_mtime for file in files)
     yield Stage("report", "finetune", ["report", str(results), f"--out={table.parent}"], table, made)
 
 
-def _finished(run_dir: Path) -> bool:
-    """Whether the run has come to the last step of its configuration."""
+def _finished(run_dir: Path, stop: int | None) -> bool:
+    """Whether the run has come to its last step: `max_steps`, or where it is to stop before. InputError if it is beyond."""
     try:
         end = json.loads((run_dir / "exit.json").read_bytes())
-        train = yaml.safe_load((run_dir / "config.yaml").read_bytes())["train"]
-        last = min(step for step in (train["max_steps"], train.get("stop_at_step")) if step is not None)
-        return bool(end["status"] == 0 and end["checkpoint_step"] == last)
+        steps = yaml.safe_load((run_dir / "config.yaml").read_bytes())["train"]["max_steps"]
+        last = steps if stop is None else min(steps, stop)
+        done, step = end["status"] == 0, end["checkpoint_step"]
+        if done and step > last:
+            raise InputError(f"pretrain: {run_dir} has gone on to step {step}, and {STOP} is {stop}; use another `out`")
+        return bool(done and step == last)
     except FileNotFoundError:
         return False
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
@@ -211,32 +236,31 @@ def _states(stages: list[Stage], queue: Mapping[str, str]) -> dict[str, str]:
     return states
 
 
-def _compare(stage: Stage, recorded: Mapping[str, Any] | None, state: str) -> None:
-    """Raise InputError when what is done or queued was asked for otherwise than now."""
-    if recorded is None or state == "submitted":
+def _compare(stage: Stage, recorded: Mapping[str, Any] | None, state: str, job: str | None) -> None:
+    """Raise InputError when what is done, begun or queued was asked for otherwise than now."""
+    if recorded is None or (state == "submitted" and not stage.begun):
         return
     then, now = recorded["options"], stage.options
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    refused = [name for name in changed if name not in stage.may_change]
+    refused = [name for name in changed if not name.startswith(stage.may_change)]
     text = ", ".join(
         f"{name} {then.get(name, 'not given')}, now {now.get(name, 'not given')}" for name in refused or changed
     )
     if refused and state == "queued":
-        raise InputError(
-            f"{stage.name}: job {recorded['job']} was submitted with {text}; scancel it first, or change it back"
-        )
+        raise InputError(f"{stage.name}: job {job} was submitted with {text}; scancel it first, or change it back")
     if refused:
         raise InputError(
             f"{stage.name}: {stage.product} was made with {text}; use another `out`, or remove it and what was made from it"
         )
     if changed and state == "queued":
-        log(f"{stage.name}: job {recorded['job']} was submitted with {text}, and stays so; submit again when it has ended")
+        log(f"{stage.name}: job {job} was submitted with {text}, and stays so; submit again when it has ended")
 
 
 def _command(stage: Stage, out: Path, options: list[str], after: str | None) -> list[str]:
     number = "%j" if stage.array is None else "%A_%a"
     log_file = str(out / "logs" / stage.name).replace("%", "%%") + f"-{number}.out"
-    command = ["sbatch", *options, "--parsable", f"--job-name={stage.name}", f"--output={log_file}", "--open-mode=append"]
+    command = ["sbatch", *options, "--parsable", f"--job-name={stage.name}", f"--comment={out}"]
+    command += [f"--output={log_file}", "--open-mode=append"]
     if stage.array is not None:
         command.append(f"--array=0-{stage.array - 1}")
     if after is not None:
@@ -244,49 +268,58 @@ def _command(stage: Stage, out: Path, options: list[str], after: str | None) -> 
     return [*command, f"slurm/{stage.script}.sbatch", *stage.arguments]
 
 
-def _set_aside(stage: Stage) -> None:
-    """An export of the run as it was before must not stand in the way of the one to come."""
-    old = Path(stage.environment.get("EXPORT", ""))
-    if old.name and old.exists():
-        new = old.with_name(f"{old.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
-        old.rename(new)
-        log(f"{old}: is now {new.name}, because the run goes on")
+def _set_aside(stale: tuple[Path, ...]) -> None:
+    for old in stale:
+        if old.exists():
+            new = old.with_name(f"{old.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
+            old.rename(new)
+            log(f"{old}: is now {new.name}, because the run goes on")
 
 
 def _submit(stage: Stage, command: list[str], out: Path) -> str:
     done = _run(command, stage.environment)
-    if done.returncode != 0:
+    job = done.stdout.strip().split(";")[0]  # job;cluster
+    if done.returncode != 0 or not job.isdecimal():
         raise RuntimeError(
-            f"{stage.name}: {done.stderr.strip() or 'sbatch failed'}; what was submitted before it stays, and is in "
-            f"{out / 'pipeline.json'}: submit again to go on"
+            f"{stage.name}: {done.stderr.strip() or 'sbatch gave no id of a job'}; the jobs before it stay, and "
+            f"{out / 'pipeline.json'} has them: submit again to go on. If Slurm took this one all the same, it is found then"
         )
     if done.stderr:
         log(done.stderr.rstrip())
-    return done.stdout.strip().split(";")[0]  # job;cluster
+    return job
 
 
-def _queue(record: Mapping[str, Any]) -> dict[str, str]:
+def _queue(out: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """Of the recorded stages those whose job waits or runs, with its id."""
     if not record:
         return {}
-    done = _run(["squeue", "--noheader", f"--name={','.join(record)}", "--format=%F %r"])
+    done = _run(["squeue", "--noheader", f"--name={','.join(record)}", "--format=%F|%j|%r|%k"])
     if done.returncode != 0:
         raise RuntimeError(f"which jobs are queued? {done.stderr.strip() or 'squeue failed'}")
-    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    # That job follows one that failed, and is about to be cancelled.
-    jobs = {job for job, reason in lines if reason.strip() != "DependencyNeverSatisfied"}
-    return {name: stage["job"] for name, stage in record.items() if stage["job"] in jobs}
+    found: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        job, name, reason, comment = line.split("|", 3)
+        # Such a job follows one that failed, and is about to be cancelled.
+        if (job == record[name]["job"] or comment == str(out)) and reason != "DependencyNeverSatisfied":
+            found[name] = max(job, found.get(name, job), key=int)
+    return found
 
 
 def _run(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Variables of a job in which we may be are not for the jobs that it submits."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
     try:
-        return subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+        return subprocess.run(command, cwd=ROOT, env={**inherited, **(environment or {})}, capture_output=True, text=True)
     except FileNotFoundError:
         raise InputError(f"{command[0]}: not found; submit on a node that has Slurm's commands") from None
 
 
+def _write_record(out: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(out / "pipeline.json", dump_json({"stages": record}))
+
+
 def _read_record(path: Path) -> dict[str, Any]:
-    """Of each stage that was ever submitted `job`, `command` and `options`."""
+    """Of each stage that was ever submitted `options`, `command`, and `job`: None where Slurm gave no id."""
     try:
         stages: dict[str, Any] = json.loads(path.read_bytes())["stages"]
         return stages
@@ -321,14 +354,3 @@ def _absolute(folder: Path, path: str) -> Path:
 
 def _flags(options: Mapping[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested or dotted keys -> {dotted key: the value as JSON}, which is YAML too and leaves every string as it is."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False)
-    return flat

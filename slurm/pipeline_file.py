@@ -6,19 +6,26 @@ Options of verbs and of sbatch are written as on the command line, without the d
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml.constructor import ConstructorError
 
 from data_prep.cli import InputError
+from finetune.tasks import settings_for
 
+PRESETS = Path(__file__).resolve().parents[1] / "pretrain" / "configs"
+Text = Annotated[str, Field(min_length=1)]
 # What `submit` itself says to sbatch, and what would undo it.
 TAKEN = (
     "array",
     "chdir",
+    "comment",
     "dependency",
     "export",
     "job-name",
@@ -78,7 +85,7 @@ class Shard(Section):
 
 
 class Pretrain(Section):
-    config: str  # a file, or the name of a preset
+    config: Text  # a file, or the name of a preset
     overrides: dict[str, Any] = {}  # dotted keys, or nested as in a preset
 
 
@@ -88,7 +95,7 @@ class Finetune(Section):
     array: int = Field(1, ge=1)  # jobs that share the work
     seeds: int = Field(3, ge=1)
     tasks: list[str] | None = Field(None, min_length=1)  # such as [tf/0, mouse/1]; None: all
-    label: str | None = None
+    label: str | None = Field(None, pattern="^[A-Za-z0-9][A-Za-z0-9._+-]*$")  # names a folder
     learning_rate: float | None = None
     batch_size: int | None = None
     epochs: int | None = None
@@ -97,8 +104,22 @@ class Finetune(Section):
     weight_decay: float | None = None
     eval_every: int | None = None
     max_length: int | None = None
-    dtype: str | None = None
-    kernels: str | None = None
+    dtype: Literal["fp32", "bf16"] | None = None
+    kernels: Literal["auto", "triton", "torch"] | None = None
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """InputError where a run of one of these tasks would refuse its settings, days later."""
+        changes = self.model_dump(exclude={"array", "seeds", "tasks", "label", "kernels"})
+        for task in tasks:
+            try:
+                settings = settings_for(task, **changes)
+            except InputError as error:
+                raise InputError(f"finetune: {error}") from None
+            if settings.max_steps is not None and settings.warmup_steps >= settings.max_steps:
+                raise InputError(
+                    f"finetune: warmup-steps is {settings.warmup_steps} for {task}, which has only {settings.max_steps} "
+                    "steps; give fewer, or a longer run"
+                )
 
 
 class Sbatch(Section):
@@ -116,8 +137,9 @@ class Sbatch(Section):
     @classmethod
     def _options(cls, options: Any) -> Any:
         for name in options if isinstance(options, dict) else ():
-            if name in TAKEN:
-                raise ValueError(f"--{name} is set by the pipeline itself")
+            for taken in TAKEN:
+                if taken.startswith(name):  # sbatch knows an option by its beginning
+                    raise ValueError(f"--{taken} is set by the pipeline itself")
             if name.startswith("-") or not name.replace("-", "").isalnum():
                 raise ValueError(f"{name!r} is not a long option of sbatch, written without dashes in front")
         return {} if options == "" else options
@@ -133,10 +155,10 @@ class Sbatch(Section):
 class Pipeline(Section):
     """Paths are relative to the folder of the file."""
 
-    out: str
-    genomes: str | None = None
-    dataset: str | None = None  # a finished one: then there is no data preparation
-    gue: str | None = None  # None: no fine-tuning
+    out: Text
+    genomes: Text | None = None
+    dataset: Text | None = None  # a finished one: then there is no data preparation
+    gue: Text | None = None  # None: no fine-tuning
     tokenizer: Tokenizer = Tokenizer()
     shard: Shard = Shard()
     pretrain: Pretrain
@@ -155,12 +177,23 @@ class Pipeline(Section):
         return self
 
 
+class _Loader(yaml.BaseLoader):
+    """Values as they are written, because nearly all become words of a command: YAML makes 86400 of 24:00:00."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        keys = [key for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:number]]:  # PyYAML takes the last
+                raise ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return mapping
+
+
 def read_pipeline(path: Path) -> Pipeline:
     """Read the file; InputError names file, key and the nearest known key."""
     try:
         text = path.read_text()
-        # Values as they are written, because nearly all become words of a command: YAML makes 86400 of 24:00:00.
-        tree, values = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+        tree, values = yaml.load(text, _Loader), yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -171,6 +204,32 @@ def read_pipeline(path: Path) -> Pipeline:
         return Pipeline.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def read_config(config: str) -> dict[str, Any]:
+    """What a configuration of pre-training holds, unchecked: `pretrain.config` needs torch. InputError names the file."""
+    file = Path(config) if Path(config).is_file() else PRESETS / f"{config}.yaml"
+    try:
+        tree = yaml.safe_load(file.read_bytes())
+    except FileNotFoundError:
+        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise InputError(f"{config}: no such file, and not one of the presets {known}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: expected a mapping of sections such as `train:`")
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested or dotted keys -> {dotted key: the value as JSON}, which is YAML too and leaves every string as it is."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False)
+    return flat
 
 
 def _explain(item: Any) -> str:

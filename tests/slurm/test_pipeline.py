@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.config import load_config
 from slurm.__main__ import build_parser
 from slurm.pipeline_file import Finetune, Shard, Tokenizer, read_pipeline
 from tests.commands import ROOT, python
-from tests.slurm.cluster import SlurmCluster
+from tests.slurm.cluster import SlurmCluster, wait_until
 
 HOSTILE = """it's "two" words: #1; $(touch pwned) `touch pwned` & %j"""
 
@@ -34,8 +35,11 @@ def inputs(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, text: str) -> Path:
+    """The pipeline of `inputs`, with these sections instead of or beside its own."""
     path = folder / "pipeline.yaml"
-    path.write_text("out: out\ngenomes: genomes\ngue: GUE\npretrain: {config: tiny}\n" + text)
+    lines = ["out: out\n", "genomes: genomes\n", "gue: GUE\n", "pretrain: {config: tiny}\n"]
+    given = re.findall(r"^(\w+:)", text, re.MULTILINE)
+    path.write_text("".join(line for line in lines if line.split()[0] not in given) + text)
     return path
 
 
@@ -93,9 +97,9 @@ sbatch:
     out = inputs / "out"
     assert not out.exists()
     assert commands["tokenizer"] == (
-        f"sbatch --time=24:00:00 --exclusive --mem=4G --parsable --job-name=tokenizer --output={out}/logs/tokenizer-%j.out "
-        f"--open-mode=append slurm/data_prep.sbatch tokenizer --out={out}/tokenizer.json --genomes={inputs}/genomes "
-        "--vocab-size=512"
+        f"sbatch --time=24:00:00 --exclusive --mem=4G --parsable --job-name=tokenizer --comment={out} "
+        f"--output={out}/logs/tokenizer-%j.out --open-mode=append "
+        f"slurm/data_prep.sbatch tokenizer --out={out}/tokenizer.json --genomes={inputs}/genomes --vocab-size=512"
     )
     assert "--array=0-3 '--dependency=afterok:<tokenizer>' --kill-on-invalid-dep=yes" in commands["shard"]
     assert "shard-%A_%a.out" in commands["shard"] and "--valid-fraction=0.1" in commands["shard"]
@@ -156,8 +160,16 @@ def test_what_is_there_is_left_out(inputs, capfd):
     finish(out, "finetune", "report")
     assert dry_run(capfd, path) == {}
     assert list(dry_run(capfd, write(inputs, "finetune: {seeds: 4}\n"))) == ["finetune", "report"]
+    trained = out / "run" / "checkpoints" / "step-000000600" / "MANIFEST.json"
+    trained.parent.mkdir(parents=True)
+    trained.touch()  # after the export
+    assert list(dry_run(capfd, path)) == ["pretrain", "finetune", "report"]
+    trained.unlink()
+    assert dry_run(capfd, write(inputs, "")) == {}
     (out / "run" / "exit.json").write_text('{"status": 0, "checkpoint_step": 300}\n')  # of an earlier stop_at_step
     assert list(dry_run(capfd, path)) == ["pretrain", "finetune", "report"]
+    status, _, err = submit(capfd, write(inputs, "pretrain: {config: tiny, overrides: {train.stop_at_step: 200}}\n"))
+    assert status == 2 and "has gone on to step 300, and train.stop_at_step is 200; use another `out`" in err
 
 
 @pytest.mark.parametrize(
@@ -169,6 +181,13 @@ def test_what_is_there_is_left_out(inputs, capfd):
         ("sbatch: {finetuning: {}}", "unknown key sbatch.finetuning, did you mean sbatch.finetune?"),
         ("sbatch: {all: {wrap: touch pwned}}", "sbatch.all: --wrap is set by the pipeline itself"),
         ("sbatch: {all: {'mem=1 --wrap': x}}", "sbatch.all: 'mem=1 --wrap' is not a long option of sbatch"),
+        ("sbatch: {all: {arra: 0-3}}", "sbatch.all: --array is set by the pipeline itself"),
+        ("sbatch: {pretrain: {comment: mine}}", "sbatch.pretrain: --comment is set by the pipeline itself"),
+        ("finetune: {dtype: fp16}", "finetune.dtype: Input should be 'fp32' or 'bf16'"),
+        ("finetune: {kernels: apex}", "finetune.kernels: Input should be 'auto', 'triton' or 'torch'"),
+        ("finetune: {label: a/b}", "finetune.label: String should match pattern"),
+        ("finetune: {batch-size: 0}", "finetune: --batch-size 0: Input should be greater than or equal to 1"),
+        ("finetune: {max-steps: 30}", "warmup-steps is 30 for tf/0, which has only 30 steps"),
         ("dataset: there", "give either genomes or dataset"),
         ("tokenizer: none.json", "none.json: no such file"),
         (
@@ -178,6 +197,8 @@ def test_what_is_there_is_left_out(inputs, capfd):
         ("pretrain: {config: tiny, overrides: {run_dir: x}}", "pretrain.overrides: run_dir follows from out"),
         ("pretrain: {config: tini}", "tini: no such file, and not one of the presets"),
         ("out: 'a\\b'", "no control characters or backslashes"),
+        ("out: ''", "out: String should have at least 1 character"),
+        ("finetune: {seeds: 1, seeds: 2}", "seeds is given twice"),
         ("out: [", "not YAML"),
     ],
 )
@@ -210,9 +231,10 @@ def test_every_option_of_a_section_is_one_of_the_verb_and_none_is_missing():
         assert keys == flags - ours, verb
 
 
-def pipeline(cluster: SlurmCluster, path: Path) -> dict[str, Any]:
+def pipeline(cluster: SlurmCluster, path: Path, **env: str) -> dict[str, Any]:
     """What slurm/pipeline.sh prints, called from elsewhere; `status` and `err` beside it."""
-    done = cluster.run(str(ROOT / "slurm" / "pipeline.sh"), str(path), "--json", check=False, PYTHON=sys.executable)
+    command = [str(ROOT / "slurm" / "pipeline.sh"), str(path), "--json"]
+    done = cluster.run(*command, check=False, PYTHON=sys.executable, **env)
     result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     return {**result, "status": done.returncode, "err": done.stderr}
 
@@ -244,7 +266,9 @@ def test_from_genomes_to_the_report_as_one_chain_and_then_nothing_is_done_again(
         "sbatch": {"all": {"cpus-per-task": 1, "mem": 0}, "pretrain": {"nodes": 2}},
     }
     path.write_text(yaml.safe_dump(content))
-    first = pipeline(cluster, path)
+    # From inside a job, say, of which the jobs of the chain must not take themselves for a part.
+    inside = {"ARRAY_JOB_ID": "1", "ARRAY_TASK_ID": "7", "NTASKS_PER_NODE": "3", "RESTART_COUNT": "200"}
+    first = pipeline(cluster, path, **{f"SLURM_{name}": value for name, value in inside.items()})
     assert first["submitted"] == ["tokenizer", "shard", "finalize", "pretrain", "finetune", "report"], first["err"]
     again = pipeline(cluster, path)
     assert again["submitted"] == [] and again["jobs"]["report"] == first["jobs"]["report"], again["err"]
@@ -278,12 +302,21 @@ def test_a_chain_that_breaks_is_taken_up_where_it_broke(cluster: SlurmCluster, i
     broken = pipeline(cluster, path)
     assert broken["status"] == 1 and "pretrain: sbatch: error: invalid partition" in broken["err"], broken["err"]
 
+    record = inputs / "out" / "pipeline.json"
+    stages = json.loads(record.read_text())["stages"]
+    stages["finalize"]["job"] = None  # as if submit had been killed before it knew
+    record.write_text(json.dumps({"stages": stages}))
+    write(inputs, waiting + "  pretrain: {test-only: true}\n")
+    tried = pipeline(cluster, path)
+    assert tried["status"] == 1 and re.search("pretrain: sbatch: Job .* to start", tried["err"]), tried["err"]
+
     write(inputs, waiting)
     mended = pipeline(cluster, path)
     assert (mended["queued"], mended["submitted"]) == (
         ["tokenizer", "shard", "finalize"],
         ["pretrain", "finetune", "report"],
     )
+    assert len(cluster.run("squeue", "--noheader").stdout.splitlines()) == 6  # each once
     dependency = cluster.job(mended["jobs"]["pretrain"])["Dependency"]
     assert dependency.startswith(f"afterok:{mended['jobs']['finalize']}")
 
@@ -296,21 +329,71 @@ def test_a_chain_that_breaks_is_taken_up_where_it_broke(cluster: SlurmCluster, i
     assert more["submitted"] == [] and "was submitted with seeds 3, now 5" in more["err"]
 
     cluster.run("scancel", mended["jobs"]["tokenizer"])  # as when it had failed
-    deadline = time.monotonic() + 30
-    while cluster.run("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 30, "the chain to be gone", cluster.logs)
     assert cluster.job(mended["jobs"]["report"])["JobState"] == "CANCELLED"
     write(inputs, waiting)
     anew = pipeline(cluster, path)
     assert len(anew["submitted"]) == 6
     cluster.run("scancel", *anew["jobs"].values())
 
-    # The run of 600 steps has finished meanwhile, and is to become a longer one: a new export must find no old one.
-    finish(inputs / "out", "tokenizer", "finalize", "pretrain")
-    write(
-        inputs, "pretrain: {config: tiny, overrides: {train.stop_at_step: 300}}\nsbatch: {all: {mem: 0, begin: now+1hour}}\n"
-    )
-    longer = pipeline(cluster, path)
-    assert longer["submitted"] == ["pretrain", "finetune", "report"], longer["err"]
-    assert [folder.name.split("-")[0] for folder in (inputs / "out").glob("hf*")] == ["hf.before"]
-    cluster.run("scancel", *filter(None, longer["jobs"].values()))
+
+@pytest.mark.slurm
+def test_an_edit_of_what_is_done_makes_it_longer_or_is_refused_and_then_touches_nothing(
+    cluster: SlurmCluster, inputs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.env[name])
+    out, manifest = inputs / "out", inputs / "ready" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text("{}")
+    config = Path(shutil.copy(ROOT / "pretrain" / "configs" / "tiny.yaml", inputs / "my.yaml"))
+    path = inputs / "pipeline.yaml"
+
+    def edited(overrides: str, sbatch: str = "") -> tuple[int, list[str], str]:
+        path.write_text(
+            "out: out\ndataset: ready\ngue: GUE\n"
+            f"pretrain: {{config: my.yaml, overrides: {{{overrides}}}}}\n"
+            f"sbatch: {{all: {{mem: 0, begin: now+1hour}}, pretrain: {{{sbatch}}}}}\n"
+        )
+        status, lines, err = submit(capfd, path, "--json")
+        return status, json.loads(lines[-1])["submitted"] if status == 0 else [], err
+
+    whole = ["pretrain", "finetune", "report"]
+    assert edited("train.stop_at_step: 300")[1] == whole
+    cluster.run("scancel", "--user=root")
+    wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 30, "the jobs to be gone", cluster.logs)
+    finish(out, *whole)
+    end = out / "run" / "exit.json"
+    end.write_text('{"status": 0, "checkpoint_step": 300}\n')
+    before = times(out)
+    assert edited("train.stop_at_step: 300, train.log_every: 1")[1] == []
+
+    for overrides, sbatch, message in (
+        ("train.stop_at_step: 300, train.max_steps: 900", "", "run was made with train.max_steps 600, now 900; use another"),
+        ("train.max_steps: 900", "", "run was made with train.max_steps 600, now 900; use another"),
+        ("train.stop_at_step: 600", "partition: none", "invalid partition"),
+    ):
+        status, _, err = edited(overrides, sbatch)
+        assert status in (1, 2) and message in err, err
+    config.write_text(config.read_text().replace("learning_rate: 2.0e-3", "learning_rate: 3.0e-3  # more"))
+    assert "was made with optimizer.learning_rate 0.002, now 0.003" in edited("train.stop_at_step: 300")[2]
+    config.write_text(config.read_text().replace("learning_rate: 3.0e-3", "learning_rate: 2.0e-3"))
+    manifest.write_text('{"other": 1}')
+    assert "was made with dataset manifest sha256" in edited("train.stop_at_step: 300")[2]
+    manifest.write_text("{}")
+    after = times(out)
+    assert {file for file in after.keys() | before.keys() if after.get(file) != before.get(file)} == {out / "pipeline.json"}
+
+    status, submitted, err = edited("")  # the run goes on, to step 600
+    assert submitted == whole, err
+    assert sorted(folder.name.split("-")[0] for folder in out.glob("*.before-*")) == [
+        "hf.before",
+        "report.before",
+        "results.before",
+    ]
+    cluster.run("scancel", "--user=root")
+    wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 30, "the jobs to be gone", cluster.logs)
+    shutil.rmtree(out / "run")
+    finish(out, "pretrain")
+    assert edited("")[1] == ["finetune", "report"]  # there is no result of this model
+    cluster.run("scancel", "--user=root")
