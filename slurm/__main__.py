@@ -1,6 +1,6 @@
 """`python -m slurm <verb>`: what the job scripts of this folder, and the people who submit them, ask and do.
 
-All verbs but `preflight` import no torch, so that they answer at once.
+`status`, `clean` and `outcome` import no torch, so that they answer at once; `submit` does where there is one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_clean_arguments(clean)
 
     outcome = add_verb(
-        verbs, "outcome", _outcome, "For job scripts: how a life of a run ended, and whether to queue it again."
+        verbs, "outcome", _outcome, "For job scripts: the status a start ended with, its checkpoint, and bad nodes."
     )
     from slurm.outcome import add_arguments as add_outcome_arguments
 

@@ -9,20 +9,23 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 COMMAND=("${LAUNCH[@]}" "$PYTHON") # a LAUNCH that was never set is an empty one
 
-# field NAME: what Slurm knows of this job; tries on while the controller is away. Asked and not read from the environment,
-# because a job that was submitted from within another inherits that one's variables.
-field() {
-    local job try
+# look: ask Slurm about this job, for `field`; tries on while the controller is away. Not read from the environment, because a
+# job that was submitted from within another inherits that one's variables.
+look() {
+    local try
     for try in {1..20}; do
         # All tasks of an array are shown where the id is also that of the array.
-        job=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ") && break
+        SEEN=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ") && return
         sleep 10
     done
-    grep --only-matching --max-count=1 " $1=[^ ]*" <<<"$job" | sed -n '1s/[^=]*=//p' || :
 }
+
+# field NAME: a word of what `look` has seen.
+field() { grep --only-matching --max-count=1 " $1=[^ ]*" <<<"$SEEN" | sed -n '1s/[^=]*=//p' || :; }
 
 say() { echo "$(date -Is) job $JOB, start $((RESTARTS + 1)): $*" || :; } # a full disk must not end the job here
 
+look
 # The id of an array's last task is that of the whole array too: scontrol would queue all tasks again.
 JOB=$(field ArrayJobId)_$(field ArrayTaskId)
 [[ $JOB != _ ]] || JOB=$SLURM_JOB_ID
@@ -71,6 +74,7 @@ requeue() {
         say "not queued again: it was $RESTARTS times (MAX_REQUEUES); submit it again to go on"
         return
     fi
+    look
     # A job that scancel ends is COMPLETING by now, and would come back; one that ran over its time limit should.
     if [[ $(field Restarts) != "$RESTARTS" ]]; then
         return # already, at the time limit or by Slurm

@@ -1,4 +1,4 @@
-"""How a life of a run ended, in the words that `pretrain.sbatch` acts on."""
+"""How a start of a run's job ended, in the words that `pretrain.sbatch` acts on."""
 
 from __future__ import annotations
 

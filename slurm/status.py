@@ -21,7 +21,6 @@ from data_prep.cli import BAD_INPUT, DONE, HUNG, RUN_AGAIN, InputError, log
 from pretrain.lease import holder
 from pretrain.lives import read_lives
 from slurm.jobs import find_job, has_ended, owner_lives
-from slurm.outcome import newest_checkpoint
 from slurm.preflight.check import MISS
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, which can be huge: some hundred records
@@ -75,17 +74,18 @@ def status(run_dir: Path) -> dict[str, Any]:
         lease["alive"] = owner_lives(run_dir, lease)
         if lease["alive"] is not False:
             sources = [lease, preflight, life]
+    saved = _newest_checkpoint(run_dir / "checkpoints")
     job_id = next((one["job"] for one in sources if one is not None and isinstance(one.get("job"), str)), None)
     found: dict[str, Any] = {
         "run_dir": str(run_dir),
         "last_step": _last_step(run_dir / "config.yaml"),
         **_metrics(run_dir / "metrics.jsonl"),
-        "checkpoint": _newest_checkpoint(run_dir / "checkpoints"),
+        "checkpoint": saved,
         "job": None if job_id is None else find_job(job_id),
         "lease": lease,
         "lives": len(lives),
         "life": life,
-        "lives_without_progress": _without_progress(lives, newest_checkpoint(run_dir)),
+        "lives_without_progress": _without_progress(lives, saved["step"] if saved else 0),
         "exit": _exit(run_dir / "exit.json"),
         "preflight": preflight,
         "checking": checking if checking is not None and checking < CHECKS_SECONDS else None,

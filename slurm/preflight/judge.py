@@ -95,7 +95,7 @@ def _gpus(found: Facts, nodes: Nodes) -> list[Check]:
     if short:
         lost = _names(nodes[rank] for rank in short if found[rank]["visible"] < most)
         text = "more ranks than GPUs: " + listed(f"{nodes[r]} rank {r} ({found[r]['visible']} visible)" for r in short)
-        fix = f"the node lost one: leave {listed(lost)} out" if lost else "start one rank a GPU (--ntasks-per-node)"
+        fix = f"the node lost one: leave {listed(lost)} out" if lost else "start one rank a GPU (RANKS_PER_NODE)"
         rows.append(Check("devices", "GPUs", MISS, text, fix, again=bool(lost), bad_nodes=lost))
         return rows
     names = {rank: each["name"] for rank, each in found.items()}
@@ -106,7 +106,7 @@ def _gpus(found: Facts, nodes: Nodes) -> list[Check]:
         rows.append(Check("devices", "GPUs", WARN, "several models: " + _by_value(names, nodes), fix))
     elif idle:
         text = listed(f"{node} has {count} GPUs for {ranks[node]} ranks" for node, count in idle.items())
-        rows.append(Check("devices", "GPUs", WARN, text, "start one rank a GPU (--ntasks-per-node)"))
+        rows.append(Check("devices", "GPUs", WARN, text, "start one rank a GPU (RANKS_PER_NODE)"))
     else:
         rows.append(Check("devices", "GPUs", OK, f"{len(found)} x {names[min(names)]}"))
     used = {rank: each["used"] for rank, each in found.items() if each["used"] > OTHERS_BYTES}
