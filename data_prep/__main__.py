@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep import audit, bench, catalog, fetch, report, verify
 from data_prep import plan as planning
 from data_prep import synthesize as synthesis
 from data_prep import tokenizer as training
 from data_prep.cli import InputError, add_verb, log, main
+from data_prep.codec import Codec
 from data_prep.dataset import Dataset
 from data_prep.finalize import finalize, streams_of, summary
 from data_prep.genomes import REGION_BASES, find_genomes
-from data_prep.pack import Codec
 from data_prep.shard import build
 
 
@@ -103,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     _number(verb, "--species", synthesis.SPECIES, "number of genomes")
     _number(verb, "--seed", 0, "equal seeds give equal files")
 
+    for module in (catalog, fetch):
+        module.register(verbs)
+
     verb = add_verb(verbs, "tokenizer", run_tokenizer, "Train a tokenizer on a sample stratified by species.")
     _genomes(verb)
     verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
@@ -147,6 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = add_verb(verbs, "finalize", run_finalize, "Make what all tasks of an array built a dataset.")
     verb.add_argument("dataset", type=Path, metavar="DATASET", help="the --out of the tasks")
+
+    for module in (verify, report, audit, bench):
+        module.register(verbs)
     return parser
 
 

@@ -10,62 +10,20 @@ run's tokens spell as many bases as went in is checked, which also finds unknown
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from data_prep.cli import InputError
-from data_prep.dataset import SPECIALS
+from data_prep.codec import RUN_BASES, Codec
 
-RUN_BASES = 8_192
 MINIMUM_TOKENS = 8
 BATCH_BASES = 1 << 20  # tokenized at a time: enough runs for every core; an encoding takes about 100 bytes a token
 _BETWEEN_CUTS = re.compile(rb"[^N]+")
 
 Add = Callable[[NDArray[np.uint16], int, int], None]  # (content tokens, contig number, start in the contig)
-
-
-class Codec:
-    """A tokenizer file, as packing needs it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.data = path.read_bytes()
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
-        try:
-            self.kind = str(json.loads(self.data)["model"]["type"]).lower()
-            self._tokenizer = Tokenizer.from_str(self.data.decode())
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise InputError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
-        missing = [token for token in SPECIALS if self._tokenizer.token_to_id(token) is None]
-        if missing:
-            raise InputError(f"{path}: the tokenizer has no token {', '.join(missing)}")
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        if self.vocab_size > 1 << 16:
-            raise InputError(f"{path}: {self.vocab_size} tokens, but the dataset stores uint16; use at most 65536")
-        self.token_bases = np.zeros(self.vocab_size, dtype=np.int64)  # [vocabulary] bases that a token stands for
-        for token, number in vocabulary.items():
-            self.token_bases[number] = 0 if token in SPECIALS else len(token)
-
-    def encode(self, runs: list[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Content tokens of all runs, one after the other [tokens], and how many each run has [runs]."""
-        encodings = self._tokenizer.encode_batch_fast(runs, add_special_tokens=False)
-        arrays = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
-        counts = np.array([len(array) for array in arrays], dtype=np.int64)
-        tokens = np.concatenate(arrays)
-        if int(self.token_bases[tokens].sum()) != sum(map(len, runs)):
-            raise InputError(f"{self.path}: the tokenizer does not spell every run of A, C, G, T; train one on genomes")
-        return tokens, counts
 
 
 @dataclass

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.cli import InputError, dump_json, log, progress, write_atomically
+from data_prep.codec import RUN_BASES, Codec
 from data_prep.dataset import FORMAT_VERSION, SPLITS
 from data_prep.genomes import REGION_BASES, Genome, scan
-from data_prep.pack import MINIMUM_TOKENS, RUN_BASES, Codec
+from data_prep.pack import MINIMUM_TOKENS
 
 UNIT_BASES = 16_000_000
 SEQUENCE_LENGTH = 128

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.cli import InputError, dump_json, fsync_directory, progress, write_atomically
+from data_prep.codec import Codec
 from data_prep.dataset import SHARD_ROW, SPLITS, ShardWriter
 from data_prep.genomes import read_regions
-from data_prep.pack import Codec, Packer
+from data_prep.pack import Packer
 from data_prep.plan import Contigs, Plan, Unit, split_of, work
 
 

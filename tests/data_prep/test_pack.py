@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from data_prep import pack
 from data_prep.cli import InputError
+from data_prep.codec import Codec
 from data_prep.dataset import SPECIALS
-from data_prep.pack import MINIMUM_TOKENS, Codec, Packer
+from data_prep.pack import MINIMUM_TOKENS, Packer
 
 Sequences = list[tuple[list[int], int, int]]
 texts = st.lists(

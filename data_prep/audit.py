@@ -1,0 +1,9 @@
+"""Finds sequences of evaluation sets in the training data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register(verbs: Any) -> None:
+    """Add the verb to the command line."""

@@ -1,0 +1,9 @@
+"""Compares `shard` with bare `tokenizers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register(verbs: Any) -> None:
+    """Add the verb to the command line."""

@@ -1,0 +1,9 @@
+"""Describes a dataset in tables and plots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register(verbs: Any) -> None:
+    """Add the verb to the command line."""
