@@ -13,12 +13,17 @@ from data_prep import audit, bench, catalog, fetch, report, verify
 from data_prep import plan as planning
 from data_prep import synthesize as synthesis
 from data_prep import tokenizer as training
-from data_prep.cli import InputError, add_verb, log, main
+from data_prep.cli import InputError, add_verb, log, main, writing
 from data_prep.codec import Codec
 from data_prep.dataset import Dataset
 from data_prep.finalize import finalize, streams_of, summary
 from data_prep.genomes import REGION_BASES, find_genomes
+from data_prep.pack import PACKINGS, STRANDS
+from data_prep.processes import cores
+from data_prep.removal import prepare_removal
 from data_prep.shard import build
+
+BASES_A_PROCESS = 64_000_000  # at least: starting a process costs as long as some Mb
 
 
 def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,15 +45,34 @@ def run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "seconds": round(seconds, 3)}
 
 
+def processes_for(units: Sequence[planning.Unit], asked: int | None) -> int:
+    """Processes to build units in: as asked for, or one a core where there is some work for each."""
+    if asked is not None and asked < 1:
+        raise InputError(f"--processes {asked}: must be at least 1")
+    return asked or max(1, min(cores(), sum(unit.bases for unit in units) // BASES_A_PROCESS))
+
+
 def run_shard(args: argparse.Namespace) -> dict[str, Any]:
     """Build one task's units, or everything including the manifest."""
+    with writing(args.out):
+        return _shard(args)
+
+
+def _shard(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    if (args.num_tasks is None) != (args.task is None):
-        raise InputError("--num-tasks and --task go together")
-    if args.num_tasks is not None and not 0 <= args.task < args.num_tasks:
-        raise InputError(f"--task {args.task}: must be from 0 to --num-tasks - 1 = {args.num_tasks - 1}")
+    check_task(args)
+    if args.exclude is not None and args.num_tasks is not None:
+        raise InputError("--exclude: for `finalize` of an array; a task of it removes nothing")
     options = planning.Options(
-        args.sequence_length, args.unit_bases, args.region_bases, args.valid_fraction, args.seed, args.streams
+        args.sequence_length,
+        args.unit_bases,
+        args.region_bases,
+        args.valid_fraction,
+        args.seed,
+        args.streams,
+        args.packing,
+        args.strands,
+        args.duplicates,
     )
     options.check()
     codec, genomes = Codec(args.tokenizer), find_genomes(args.genomes)
@@ -59,16 +83,16 @@ def run_shard(args: argparse.Namespace) -> dict[str, Any]:
         stored = {**finished.manifest, "streams": args.streams if same else order["streams"]}
         planning.check_same(args.out, stored, stored["species"], genomes, codec, options)
         log(f"{args.out}: is already whole; nothing to do")
-        return {**summary(finalize(args.out)), "seconds": round(time.monotonic() - started, 3)}
+        return {**summary(finalize(args.out, args.exclude)), "seconds": round(time.monotonic() - started, 3)}
     plan = planning.open_plan(args.out, genomes, codec, options)
     units = plan.units
     if args.num_tasks is not None:
         units = planning.units_of_task(units, args.num_tasks, args.task)
     log(f"{args.out}: {len(units)} of {len(plan.units)} units, {sum(unit.bases for unit in units):,} bases")
-    markers = build(args.out, args.genomes, plan, codec, units)
+    markers = build(args.out, args.genomes, plan, codec, units, processes_for(units, args.processes))
     bases = sum(marker["bases"]["in"] for marker in markers)
     if args.num_tasks is None:
-        result = summary(finalize(args.out))
+        result = summary(finalize(args.out, args.exclude))
     else:
         result = {
             "bases_in": bases,
@@ -81,14 +105,28 @@ def run_shard(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.out}: {bases:,} bases, {sum(result['tokens'].values()):,} tokens, "
         f"{sum(result['sequences'].values()):,} sequences in {seconds:.1f} s ({bases / seconds / 1e6:.2f} Mb/s)"
     )
+    if any(gone := result.get("duplicates", {}).values()) or result.get("excluded"):
+        log(f"{args.out}: removed {sum(gone):,} duplicate sequences and {result['excluded']:,} excluded ones")
     if args.num_tasks is not None:
         log(f"when all {args.num_tasks} tasks are done: python -m data_prep finalize {args.out}")
     return {**result, "units": len(units), "seconds": round(seconds, 3), "bases_per_second": round(bases / seconds)}
 
 
+def check_task(args: argparse.Namespace) -> None:
+    """Raise InputError unless --num-tasks and --task fit each other."""
+    if (args.num_tasks is None) != (args.task is None):
+        raise InputError("--num-tasks and --task go together")
+    if args.num_tasks is not None and not 0 <= args.task < args.num_tasks:
+        raise InputError(f"--task {args.task}: must be from 0 to --num-tasks - 1 = {args.num_tasks - 1}")
+
+
 def run_finalize(args: argparse.Namespace) -> dict[str, Any]:
-    """Merge what the tasks left and commit the manifest."""
-    result = summary(finalize(args.dataset))
+    """Merge what the tasks left, remove duplicates, commit the manifest; or do a task's part of the search for duplicates."""
+    check_task(args)
+    with writing(args.dataset):
+        if args.num_tasks is not None:
+            return prepare_removal(args.dataset, args.num_tasks, args.task)
+        result = summary(finalize(args.dataset, args.exclude))
     log(f"{args.dataset}: whole, manifest sha256 {result['manifest_sha256']}")
     return result
 
@@ -146,11 +184,17 @@ def build_parser() -> argparse.ArgumentParser:
         None,
         "streams of the training order (default: a power of two up to 4096, one per 2048 sequences)",
     )
-    _number(verb, "--num-tasks", None, "tasks of a job array among which the units are divided (default: all at once)")
-    _number(verb, "--task", None, "number of this task, from 0")
+    _choice(verb, "--packing", PACKINGS, "contiguous throws nothing away; paper: 1,000-base pieces, truncated")
+    _choice(verb, "--strands", STRANDS, "both: also the reverse complement of everything")
+    _choice(verb, "--duplicates", planning.DUPLICATES, "which sequences `finalize` removes, but for the first of their kind")
+    _exclude(verb)
+    _task(verb, "tasks of a job array among which the units are divided (default: all at once)")
+    _number(verb, "--processes", None, "to build units in (default: one a core, with 64 Mb or more for each)")
 
     verb = add_verb(verbs, "finalize", run_finalize, "Make what all tasks of an array built a dataset.")
     verb.add_argument("dataset", type=Path, metavar="DATASET", help="the --out of the tasks")
+    _exclude(verb)
+    _task(verb, "with --task: only a share of the search for duplicates, for large arrays; then finalize without both")
 
     for module in (verify, report, audit, bench):
         module.register(verbs)
@@ -163,8 +207,21 @@ def _genomes(verb: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of FASTA files: DIR/<category>/<species>.fa[.gz]",
+        help="folder of FASTA files, DIR/<category>/<species>.fa[.gz], or CSV files with a column `sequence`",
     )
+
+
+def _exclude(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--exclude", type=Path, metavar="FILE", help="leave out what this list of `audit --exclusions` names")
+
+
+def _task(verb: argparse.ArgumentParser, text: str) -> None:
+    _number(verb, "--num-tasks", None, text)
+    _number(verb, "--task", None, "number of this task, from 0")
+
+
+def _choice(verb: argparse.ArgumentParser, flag: str, choices: Sequence[str], text: str) -> None:
+    verb.add_argument(flag, choices=choices, default=choices[0], help=f"{text} (default: {choices[0]})")
 
 
 def _number(verb: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -60,6 +62,17 @@ def progress(items: Iterable[Item], *, total: int | None, unit: str, every_secon
             last = time.monotonic()
             log(f"{done}/{total if total is not None else '?'} {unit} in {last - started:.0f} s")
         yield item
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name `path` in the error of a full disk: a write to a file that is open names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -28,6 +28,7 @@ import os
 import re
 import tempfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,44 +81,51 @@ class ShardWriter:
     def __init__(self, directory: Path, shard: int, species: int) -> None:
         self.directory, self.shard, self.species = directory, shard, species
         self.path = directory / f"{shard:06d}.tar"
-        self._sequences: list[NDArray[np.uint16]] = []
-        self._source: list[tuple[int, int, int]] = []
+        self._parts: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []  # tokens, lengths, source of the open block
+        self._waiting = 0  # sequences in them
         self._rows: list[tuple[int, int, int, int, int]] = []
         directory.mkdir(parents=True, exist_ok=True)
         # Names of its own: two tasks that build one shard at once write the same bytes, and the last to rename wins.
         handle, name = tempfile.mkstemp(dir=directory, prefix=f".{shard:06d}.tar.", suffix=".partial")
         os.fchmod(handle, 0o644)
         self._partial, self._file = Path(name), os.fdopen(handle, "w+b")
-        from webdataset import (
-            TarWriter,
-        )  # here, because it imports torch where torch is installed: two seconds a command
+        # Here, because it imports torch where torch is installed: two seconds a command.
+        from webdataset import TarWriter
 
         self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
 
     def add(self, tokens: NDArray[np.uint16], contig: int, start: int, strand: int = 1) -> None:
         """Append one sequence of content tokens that starts at base `start` of contig number `contig`."""
-        self._sequences.append(tokens)
-        self._source.append((contig, start, strand))
-        if len(self._sequences) == SEQUENCES_PER_BLOCK:
-            self._write_block()
+        self.extend(tokens, np.array([len(tokens)]), np.array([[contig, start, strand]]))
+
+    def extend(self, tokens: NDArray[np.uint16], lengths: NDArray[Any], source: NDArray[np.int64]) -> None:
+        """Append sequences: all their content tokens [tokens], how many each has [sequences], source [sequences, 3]."""
+        while len(lengths):
+            room = SEQUENCES_PER_BLOCK - self._waiting
+            size = int(lengths[:room].sum())
+            self._parts.append((tokens[:size], lengths[:room], source[:room]))
+            self._waiting += len(lengths[:room])
+            tokens, lengths, source = tokens[size:], lengths[room:], source[room:]
+            if self._waiting == SEQUENCES_PER_BLOCK:
+                self._write_block()
 
     def _write_block(self) -> None:
-        lengths = np.array([len(tokens) for tokens in self._sequences], dtype="<u2")
+        tokens, lengths, source = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         arrays = {
-            "tokens.npy": np.concatenate(self._sequences).astype("<u2"),
-            "lengths.npy": lengths,
-            "source.npy": np.array(self._source, dtype="<i8").reshape(-1, 3),
+            "tokens.npy": tokens.astype("<u2"),
+            "lengths.npy": lengths.astype("<u2"),
+            "source.npy": source.astype("<i8"),
         }
         offset = self._tar.tarstream.offset
         sample: dict[str, Any] = {name: npy_bytes(array) for name, array in arrays.items()}
         self._tar.write({"__key__": f"{self.shard:06d}-{len(self._rows):06d}", **sample})
         size = self._tar.tarstream.offset - offset
         self._rows.append((offset, size, len(lengths), int(lengths.sum(dtype=np.int64)), 0))
-        self._sequences, self._source = [], []
+        self._parts, self._waiting = [], 0
 
     def close(self) -> np.void | None:
         """Commit the shard: its row of shards.npy, or None (and no file) when it holds no sequence."""
-        if self._sequences:
+        if self._parts:
             self._write_block()
         self._tar.close()
         if not self._rows:
@@ -146,21 +154,17 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
         self._partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk has no room for what is still buffered
+            self._file.close()
 
 
 class Split:
-    """One split of a finished dataset, read by index: shard row -> block -> sequence. For any number of threads."""
+    """One split of a dataset, read by index: shard row -> block -> sequence. For any number of threads."""
 
-    def __init__(self, storage: Storage, name: str, sha256: str) -> None:
-        """`sha256` is that of the split's shards.npy."""
-        self.storage, self.name = storage, name
-        path = storage.file(f"{name}/shards.npy", sha256)
-        self.shards: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if self.shards.dtype != SHARD_ROW:
-            where = storage.describe(f"{name}/shards.npy")
-            raise InputError(f"{where}: not a shard table of format {FORMAT_VERSION}; shard again")
+    def __init__(self, storage: Storage, name: str, shards: NDArray[np.void]) -> None:
+        """`shards` [shards] of SHARD_ROW is the split's table."""
+        self.storage, self.name, self.shards = storage, name, shards
         # Tables of 28 bytes a block: one for each stream that a rank has open.
         self.blocks = lru_cache(maxsize=16384)(self._blocks)
 
@@ -261,13 +265,22 @@ class Dataset:
         if name not in SPLITS:
             raise InputError(f"{self.path}: no split {name!r}, there are {', '.join(SPLITS)}")
         if name not in self._splits:
-            self._splits[name] = Split(self.storage, name, self.manifest["files"][f"{name}/shards.npy"])
+            file = f"{name}/shards.npy"
+            shards = np.load(self._file(file), mmap_mode="r", allow_pickle=False)
+            if shards.dtype != SHARD_ROW:
+                raise InputError(f"{self.storage.describe(file)}: not a shard table of format {FORMAT_VERSION}; shard again")
+            self._splits[name] = Split(self.storage, name, shards)
         return self._splits[name]
 
     @property
     def tokenizer_path(self) -> Path:
         """A local path of tokenizer.json."""
         return self._file("tokenizer.json")
+
+    @property
+    def contigs_path(self) -> Path:
+        """A local path of contigs.tsv."""
+        return self._file("train/contigs.tsv")
 
 
 def safe_join(root: Path, relative: str) -> Path:

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
+from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, npy_bytes
+from data_prep.exclusions import read_exclusions
+from data_prep.pack import DROPPED
 from data_prep.plan import Plan, load_plan, work
+from data_prep.removal import begin, remove
 from data_prep.shard import read_marker, shard_rows
 from data_prep.storage import file_sha256
 
@@ -20,11 +24,16 @@ MAXIMUM_STREAMS = 4096
 SEQUENCES_PER_STREAM = 2048
 
 
-def finalize(dataset: Path) -> Dataset:
-    """Commit the dataset, or open it if that was done before. Running it again does no harm."""
+def finalize(dataset: Path, exclude: Path | None = None) -> Dataset:
+    """Remove duplicates and what the list `exclude` names, and commit the dataset.
+
+    Running it again goes on, or opens the dataset if it is finished; InputError if that was done without this list.
+    """
     if not (dataset / "manifest.json").is_file():
-        _commit(dataset)
+        _commit(dataset, exclude)
     finished = Dataset(dataset)
+    if exclude is not None and (finished.manifest["excluded"] or {}).get("sha256") != file_sha256(exclude):
+        raise InputError(f"{dataset}: is finished, without --exclude {exclude}; shard again, with it, to another --out")
     # Left over by dead tasks or, after a crash between the manifest and here, by ourselves.
     shutil.rmtree(work(dataset), ignore_errors=True)
     for split in SPLITS:
@@ -33,7 +42,7 @@ def finalize(dataset: Path) -> Dataset:
     return finished
 
 
-def _commit(dataset: Path) -> None:
+def _commit(dataset: Path, exclude: Path | None) -> None:
     plan = load_plan(dataset)
     markers = [read_marker(dataset, unit) for unit in plan.units]
     missing = [str(number) for number, marker in enumerate(markers) if marker is None]
@@ -43,7 +52,14 @@ def _commit(dataset: Path) -> None:
             f"{dataset}: {len(missing)} of {len(plan.units)} units are missing ({shown}); run "
             f"`python -m data_prep shard --out {dataset} ...` as before: it builds what is missing"
         )
-    whole = [marker for marker in markers if marker is not None]
+    write_atomically(dataset / "train" / "contigs.tsv", (work(dataset) / "contigs.tsv").read_bytes())
+    _check_unchanged(dataset, "tokenizer.json", plan.parameters["tokenizer"]["sha256"])
+    _check_unchanged(dataset, "train/contigs.tsv", plan.contigs_sha256)
+    exclusions = read_exclusions(exclude, work(dataset) / "contigs.tsv") if exclude is not None else None
+    begin(dataset, exclusions.sha256 if exclusions is not None else None)
+    codec = Codec(dataset / "tokenizer.json")
+    removed = remove(dataset, plan, codec, [marker for marker in markers if marker is not None], exclusions)
+    whole = removed.markers
     splits = {split: _merge(dataset, split, whole) for split in SPLITS}
     if splits["train"]["sequences"] == 0:
         raise InputError(
@@ -52,15 +68,8 @@ def _commit(dataset: Path) -> None:
         )
     if splits["valid"]["sequences"] == 0 and plan.parameters["valid_fraction"] > 0:
         log(f"{dataset}: no region fell to validation; a smaller --region-bases or a larger --valid-fraction gives some")
-    write_atomically(dataset / "train" / "contigs.tsv", (work(dataset) / "contigs.tsv").read_bytes())
     files = ("tokenizer.json", "train/contigs.tsv", "train/shards.npy", "valid/shards.npy")
     sums = {file: file_sha256(dataset / file) for file in files}
-    for file, expected in (
-        ("tokenizer.json", plan.parameters["tokenizer"]["sha256"]),
-        ("train/contigs.tsv", plan.contigs_sha256),
-    ):
-        if sums[file] != expected:
-            raise InputError(f"{dataset / file}: was changed after the dataset was begun; remove {dataset} and shard again")
     parameters = {key: value for key, value in plan.parameters.items() if key != "streams"}
     streams = streams_of(plan.parameters["streams"], splits["train"]["sequences"])
     manifest = {
@@ -69,10 +78,17 @@ def _commit(dataset: Path) -> None:
         "order": {"streams": streams, "window_blocks": WINDOW_BLOCKS},
         "splits": splits,
         "species": _species_table(plan, whole, splits["train"]["tokens"]),
+        "duplicates": removed.duplicates,
+        "excluded": {"sha256": exclusions.sha256, "sequences": removed.excluded} if exclusions is not None else None,
         "files": sums,
     }
     write_atomically(dataset / "manifest.json", dump_json(manifest))
     fsync_directory(dataset)
+
+
+def _check_unchanged(dataset: Path, file: str, sha256: str) -> None:
+    if file_sha256(dataset / file) != sha256:
+        raise InputError(f"{dataset / file}: was changed after the dataset was begun; remove {dataset} and shard again")
 
 
 def streams_of(chosen: int | None, sequences: int) -> int:
@@ -96,20 +112,20 @@ def _merge(dataset: Path, split: str, markers: Sequence[dict[str, Any]]) -> dict
 
 def _species_table(plan: Plan, markers: Sequence[dict[str, Any]], train_tokens: int) -> list[dict[str, Any]]:
     """A row a file: where its bases went and what it contributes."""
+    of_species: list[list[dict[str, Any]]] = [[] for _ in plan.species]
+    for marker in markers:
+        of_species[marker["species"]].append(marker)
     table = []
     for number, row in enumerate(plan.species):
-        mine = [marker for marker in markers if marker["species"] == number]
+        mine = of_species[number]
         tokens = {split: sum(marker["tokens"][split] for marker in mine) for split in SPLITS}
         table.append(
             {
-                **{key: row[key] for key in ("name", "category", "file", "file_bytes", "file_sha256", "contigs")},
+                **{key: value for key, value in row.items() if key not in ("bases", "valid", "points")},
                 "bases": {
                     "in": sum(marker["bases"]["in"] for marker in mine),
                     "kept": sum(marker["bases"]["kept"] for marker in mine),
-                    "dropped": {
-                        reason: sum(marker["bases"]["dropped"][reason] for marker in mine)
-                        for reason in ("not_acgt", "short_tail")
-                    },
+                    "dropped": {reason: sum(marker["bases"]["dropped"][reason] for marker in mine) for reason in DROPPED},
                 },
                 "sequences": {split: sum(marker["sequences"][split] for marker in mine) for split in SPLITS},
                 "tokens": tokens,
@@ -125,6 +141,8 @@ def summary(dataset: Dataset) -> dict[str, Any]:
     return {
         "bases_in": sum(row["bases"]["in"] for row in species),
         "bases_kept": sum(row["bases"]["kept"] for row in species),
+        "duplicates": {kind: dataset.manifest["duplicates"][kind] for kind in ("exact", "near")},
+        "excluded": (dataset.manifest["excluded"] or {"sequences": 0})["sequences"],
         "tokens": {split: splits[split]["tokens"] for split in SPLITS},
         "sequences": {split: splits[split]["sequences"] for split in SPLITS},
         "shards": {split: splits[split]["shards"] for split in SPLITS},

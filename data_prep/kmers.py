@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORD_BASES = 32  # longest word
-_CODES = np.full(256, 255, dtype=np.uint8)
-_CODES[np.frombuffer(b"ACGT", dtype=np.uint8)] = np.arange(4, dtype=np.uint8)
+_CODES = bytes(b"ACGT".find(letter) % 256 for letter in range(256))
 _COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
 
 
 def encode_bases(text: bytes) -> NDArray[np.uint8]:
     """Upper-case A, C, G, T as 0 to 3, anything else as 255. uint8 [bases]."""
-    return _CODES[np.frombuffer(text, dtype=np.uint8)]
+    return np.frombuffer(text.translate(_CODES), dtype=np.uint8)
 
 
 def reverse_complement(text: bytes) -> bytes:

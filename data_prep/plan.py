@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,14 +26,17 @@ from typing import Any
 import numpy as np
 
 from data_prep.cli import InputError, dump_json, log, progress, write_atomically
-from data_prep.codec import RUN_BASES, Codec
+from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SPLITS
+from data_prep.fasta import Point
 from data_prep.genomes import REGION_BASES, Genome, scan
-from data_prep.pack import MINIMUM_TOKENS
+from data_prep.pack import MINIMUM_TOKENS, PACKINGS, STRANDS
 
 UNIT_BASES = 16_000_000
 SEQUENCE_LENGTH = 128
 VALID_FRACTION = 0.02
+DUPLICATES = ("near", "exact", "none")  # what `finalize` removes: near ones and exact ones, exact ones only, nothing
+REGION_BASES_A_TOKEN = 100  # of a sequence: smallest region, so that few sequences are cut short by its edges
 CONTIGS_HEADER = "contig\tspecies\tfile\tname\tlength\n"
 
 
@@ -46,6 +50,9 @@ class Options:
     valid_fraction: float = VALID_FRACTION
     seed: int = 0
     streams: int | None = None  # of the training order; None: finalize derives it from the number of sequences
+    packing: str = PACKINGS[0]
+    strands: str = STRANDS[0]
+    duplicates_removed: str = DUPLICATES[0]
 
     def check(self) -> None:
         """Raise InputError naming the option that can't be."""
@@ -69,6 +76,8 @@ class Unit:
     first_region: int
     regions: int
     bases: int
+    begin: tuple[int, int]  # number of a record, and of the base in it with which the unit begins
+    end: tuple[int, int]  # that of the base behind the last one
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ class Plan:
     """What `.work/plan.json` holds."""
 
     parameters: dict[str, Any]  # everything but the genomes that the dataset's bytes depend on
-    # A row a file: name, category, file, file_bytes, file_sha256, contigs, first_contig, bases.
+    # A row a file: name, category, file, file_bytes, file_sha256, contigs, first_contig, bases, region_bases, and `valid`,
+    # the validation regions by their number in the file, ascending; `points` (fasta.py), from which the file can be read.
     species: list[dict[str, Any]]
     units: list[Unit]
     contigs_sha256: str
@@ -97,10 +107,13 @@ def parameters_of(options: Options, codec: Codec) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         **asdict(options),
         "minimum_tokens": MINIMUM_TOKENS,
-        "packing": "contiguous",
-        "run_bases": RUN_BASES,
-        "strands": "forward",
-        "tokenizer": {"sha256": codec.sha256, "vocab_size": codec.vocab_size, "kind": codec.kind},
+        "run_bases": codec.run_bases(options.sequence_length - 2),
+        "tokenizer": {
+            "sha256": codec.sha256,
+            "vocab_size": codec.vocab_size,
+            "kind": codec.kind,
+            "k": getattr(codec, "k", None),
+        },
     }
 
 
@@ -113,11 +126,12 @@ def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: O
     if dataset.exists() and (not dataset.is_dir() or (any(dataset.iterdir()) and not work(dataset).is_dir())):
         raise InputError(f"{dataset}: exists and is not a dataset; choose another --out or empty it")
     if len(genomes) > np.iinfo("<u2").max:
-        raise InputError(f"--genomes has {len(genomes)} FASTA files; a dataset holds at most {np.iinfo('<u2').max}")
-    log(f"reading {len(genomes)} FASTA files to plan the units")
+        raise InputError(f"--genomes has {len(genomes)} files; a dataset holds at most {np.iinfo('<u2').max}")
+    log(f"reading {len(genomes)} files to plan the units")
     species, units, contigs = list[dict[str, Any]](), list[Unit](), [CONTIGS_HEADER]
     for row, genome in enumerate(progress(genomes, total=len(genomes), unit="files")):
         found = scan(genome)
+        region_bases = region_bases_of(sum(found.lengths), options)
         species.append(
             {
                 "name": genome.name,
@@ -128,9 +142,12 @@ def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: O
                 "contigs": len(found.names),
                 "first_contig": len(contigs) - 1,
                 "bases": sum(found.lengths),
+                "region_bases": region_bases,
+                "valid": valid_regions(genome.name, found.names, found.lengths, region_bases, options),
+                "points": found.points,
             }
         )
-        units += _units(row, found.lengths, options, len(units))
+        units += _units(row, found.lengths, region_bases, options.unit_bases, len(units))
         for name, length in zip(found.names, found.lengths, strict=True):
             contigs.append(f"{len(contigs) - 1}\t{genome.name}\t{genome.file}\t{name}\t{length}\n")
     table = "".join(contigs).encode()
@@ -148,7 +165,9 @@ def load_plan(dataset: Path) -> Plan:
         raise InputError(f"{dataset}: `python -m data_prep shard --out {dataset}` has not begun a dataset here")
     try:
         stored = json.loads(path.read_bytes())
-        units = [Unit(**unit) for unit in stored["units"]]
+        units = [Unit(**{**unit, "begin": tuple(unit["begin"]), "end": tuple(unit["end"])}) for unit in stored["units"]]
+        for row in stored["species"]:
+            row["points"] = [Point(*point) for point in row["points"]]
         return Plan(stored["parameters"], stored["species"], units, stored["contigs_sha256"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a plan of this version; remove {dataset} and shard again") from None
@@ -177,18 +196,21 @@ def check_same(
             raise InputError(f"{dataset}: since it was begun, {file} of --genomes {change}; choose another --out")
 
 
-def _units(species: int, lengths: Sequence[int], options: Options, first_number: int) -> list[Unit]:
+def _units(species: int, lengths: Sequence[int], region_bases: int, unit_bases: int, first_number: int) -> list[Unit]:
     """Cut one file's regions into units. `lengths` [records] in bases."""
-    units, region, first, bases = list[Unit](), 0, 0, 0
-    for length in lengths:
-        for start in range(0, length, options.region_bases):
-            bases += min(options.region_bases, length - start)
+    units, region, first, bases, begin, end = list[Unit](), 0, 0, 0, (0, 0), (0, 0)
+    for record, length in enumerate(lengths):
+        for start in range(0, length, region_bases):
+            if not bases:
+                begin = (record, start)
+            end = (record, min(start + region_bases, length))
+            bases += end[1] - start
             region += 1
-            if bases >= options.unit_bases:
-                units.append(Unit(first_number + len(units), species, first, region - first, bases))
+            if bases >= unit_bases:
+                units.append(Unit(first_number + len(units), species, first, region - first, bases, begin, end))
                 first, bases = region, 0
     if bases:
-        units.append(Unit(first_number + len(units), species, first, region - first, bases))
+        units.append(Unit(first_number + len(units), species, first, region - first, bases, begin, end))
     return units
 
 
@@ -207,26 +229,47 @@ def units_of_task(units: Sequence[Unit], num_tasks: int, task: int) -> list[Unit
     ]
 
 
-def split_of(parameters: dict[str, Any], species: str, contig: str, copy: int, region: int) -> str:
-    """`train` or `valid`, by a hash of what the region is, so that adding a species moves no region of another.
+def region_bases_of(bases: int, options: Options) -> int:
+    """Bases of a species' regions: as chosen, but so small that the share for validation is at least one whole region.
 
-    `copy` tells apart records of one name in a file.
+    A region is not cut so small, though, that its edges would shorten many of its sequences; so the smallest genomes (below
+    100 bases a token of a sequence / `valid_fraction`: 640 kb) have a validation region by chance only.
     """
-    key = json.dumps([parameters["seed"], species, contig, copy, region]).encode()
-    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-    return SPLITS[1] if number < parameters["valid_fraction"] * 2**64 else SPLITS[0]
+    smallest = REGION_BASES_A_TOKEN * options.sequence_length
+    return min(options.region_bases, max(smallest, int(bases * options.valid_fraction)))
 
 
-class Contigs:
-    """Numbers and copies of the records of one file, counted while it is read."""
+def valid_regions(
+    species: str, names: Sequence[str], lengths: Sequence[int], region_bases: int, options: Options
+) -> list[int]:
+    """Numbers, through all records of the file, of the regions that go to validation, ascending.
 
-    def __init__(self, first_contig: int) -> None:
-        self.first_contig = first_contig
-        self._record, self._copies = -1, Counter[str]()
+    Stratified: of each species about `valid_fraction` of the bases, and exactly that on average over seeds. The regions are
+    taken in the order of a hash of what they are (species, contig, number in it), the last with the chance that is left for
+    it. So adding a species moves no region of another.
+    """
+    drawn, region, copies = list[tuple[int, float, int, int]](), 0, Counter[str]()
+    for name, length in zip(names, lengths, strict=True):
+        if length:
+            copies[name] += 1  # tells apart records of one name
+        for number, start in enumerate(range(0, length, region_bases)):
+            key = json.dumps([options.seed, species, name, copies[name] - 1, number]).encode()
+            digest = hashlib.blake2b(key, digest_size=16).digest()
+            order, chance = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big") / 2**64
+            drawn.append((order, chance, region, min(region_bases, length - start)))
+            region += 1
+    valid, before, target = list[int](), 0, options.valid_fraction * sum(lengths)
+    for _, chance, number, bases in sorted(drawn):
+        if before >= target:
+            break
+        if before + chance * bases < target:
+            valid.append(number)
+        before += bases
+    return sorted(valid)
 
-    def place(self, record: int, name: str) -> tuple[int, int]:
-        """Contig number, and how many earlier records with bases have this name. Records must come in order."""
-        if record != self._record:
-            self._record = record
-            self._copies[name] += 1
-        return self.first_contig + record, self._copies[name] - 1
+
+def split_of(row: dict[str, Any], region: int) -> str:
+    """`train` or `valid`: the split of a file's region. `row` is the file's of the species table."""
+    valid = row["valid"]
+    place = bisect_left(valid, region)
+    return SPLITS[place < len(valid) and valid[place] == region]

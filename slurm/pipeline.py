@@ -155,8 +155,11 @@ def _data_preparation(pipeline: Pipeline, folder: Path, out: Path, dataset: Path
             raise InputError(f"{tokenizer}: no such file; tokenizer is a finished tokenizer.json, or options to train one")
         sharding["tokenizer"] = str(tokenizer)
     arguments = ["shard", f"--out={dataset}", *arguments, *_flags(sharding)]
-    yield Stage("shard", "data_prep", arguments, dataset, whole, sharding, array=pipeline.shard.array)
-    yield Stage("finalize", "data_prep", ["finalize", str(dataset)], dataset, whole)
+    yield Stage("shard", "data_prep", arguments, dataset, whole, sharding, ("processes",), array=pipeline.shard.array)
+    excluded = {}
+    if pipeline.shard.exclude is not None:
+        excluded["exclude"] = str(_absolute(folder, pipeline.shard.exclude))
+    yield Stage("finalize", "data_prep", ["finalize", str(dataset), *_flags(excluded)], dataset, whole, excluded)
 
 
 def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, given: dict[str, str]) -> Stage:

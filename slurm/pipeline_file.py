@@ -82,6 +82,14 @@ class Shard(Section):
     valid_fraction: float | None = None
     seed: int | None = None
     streams: int | None = None
+    packing: Literal["contiguous", "paper"] | None = None
+    strands: Literal["forward", "both"] | None = None
+    duplicates: Literal["near", "exact", "none"] | None = None
+    processes: int | None = None
+    exclude: str | None = None  # an exclusion list, for `finalize`
+
+    def options(self) -> dict[str, str]:
+        return {name: value for name, value in super().options().items() if name != "exclude"}
 
 
 class Pretrain(Section):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
+import struct
 import tempfile
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.cli import InputError
-from data_prep.fasta import read_fasta
+from data_prep.fasta import UTF8_MARK, read_fasta
 
 LETTERS = "ACGTacgtNnRYSWKMBDHVU-.X"
 records = st.lists(
@@ -105,6 +107,18 @@ def test_memory_does_not_grow_with_the_record(tmp_path: Path, width: int, compre
         (b">ok\nACGT\n>pep2\nac\ntqa", "'pep2' has 'q' at base 4"),
         (b">ok\nACGT*\n", "'ok' has '*' at base 5"),
         (b">one\nACGT>two\nACGT\n", "'one' has '>' inside a line"),
+        (b">", "no record has any bases (the last is '')"),
+        (b";made by a program of 1988\n>a\nACGT\n", "without a '>' header"),
+        (b">a\nACGT\n;a comment\nACGT\n", "'a' has ';' at base 5; FASTA has no comment lines"),
+        (b">a\nACGT\n" + bytes(9), "'a' has the byte 0x00 at base 5, which is no text"),
+        (b">a\nAC\xc2\xa0GT\n", "'a' has the byte 0xc2 at base 3"),
+        (b">a\nACGT\n\x1a", "'a' has the byte 0x1a at base 5"),
+        (bytes(9), "without a '>' header"),
+        (UTF8_MARK, "the file is empty"),
+        (">a\nACGT\n".encode("utf-16"), "is UTF-16 text"),
+        (">a\nACGT\n".encode("utf-16-le"), "has the byte 0x00 at base 1"),
+        (gzip.compress(">a\nACGT\n".encode("utf-16")), "is UTF-16 text"),
+        (b"BZh91AY&SY", "without a '>' header"),
     ],
 )
 def test_bad_files_are_named_with_their_record(tmp_path: Path, contents: bytes, words: str) -> None:
@@ -135,6 +149,51 @@ def test_damaged_gzip_is_named_with_the_record_reached(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=r"bad\.fa\.gz") as caught:
                 read(path, chunk_bytes)
             assert words in str(caught.value)
+
+
+def bgzf(text: bytes, block_bytes: int = 0xFF00) -> bytes:
+    """BGZF by section 4.1 of the SAM specification: gzip members that tell their size, and an empty one at the end."""
+    blocks = []
+    for start in range(0, len(text) + block_bytes, block_bytes):
+        packer = zlib.compressobj(wbits=-15)
+        body = packer.compress(text[start : start + block_bytes]) + packer.flush()
+        extra = b"BC" + struct.pack("<HH", 2, len(body) + 25)
+        trailer = struct.pack("<II", zlib.crc32(text[start : start + block_bytes]), len(text[start : start + block_bytes]))
+        blocks.append(b"\x1f\x8b\x08\x04" + bytes(5) + b"\xff" + struct.pack("<H", 6) + extra + body + trailer)
+    return b"".join(blocks)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 1 << 20])
+def test_bgzip(tmp_path: Path, chunk_bytes: int) -> None:
+    bases = "".join(random.Random(1).choices("ACGT", k=150_000 if chunk_bytes > 1 else 10_000)).encode()
+    data = bgzf(b">chr1\n" + bases + b"\n")
+    assert gzip.decompress(data)[6:-1] == bases
+    end = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")  # as the specification prints it
+    assert bgzf(b"") == end == data[-28:]
+    path = tmp_path / "x.fa.gz"
+    for contents in (data, end + data + end):
+        path.write_bytes(contents)
+        assert read(path, chunk_bytes) == [("chr1", bases)]
+    path.write_bytes(data + bgzf(b">chr2\nAC\n"))
+    assert read(path, chunk_bytes) == [("chr1", bases), ("chr2", b"AC")]
+    # Cut within a block, and between the last one with text and the end marker.
+    for cut in (len(data) // 2, len(data) - 28):
+        path.write_bytes(data[:cut])
+        with pytest.raises(InputError, match=r"x\.fa\.gz: the gzip data is truncated, in record 'chr1'"):
+            read(path, chunk_bytes)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_byte_order_mark(tmp_path: Path, chunk_bytes: int) -> None:
+    path = tmp_path / "x.fa"
+    path.write_bytes(UTF8_MARK + b">a\nACGT\n")
+    assert read(path, chunk_bytes) == [("a", b"ACGT")]
+
+
+def test_headers_are_cut_at_white_space(tmp_path: Path) -> None:
+    path = tmp_path / "x.fa"
+    path.write_bytes(b">chr1\tH. sapiens >GRCh38; x\nAC\n> chr2 y\nGT\n>\tz\r\n>same\nA\n>same\nC\n")
+    assert read(path) == [("chr1", b"AC"), ("chr2", b"GT"), ("z", b""), ("same", b"A"), ("same", b"C")]
 
 
 def test_names_can_stand_in_a_table(tmp_path: Path) -> None:

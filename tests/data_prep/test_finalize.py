@@ -24,8 +24,10 @@ def test_the_manifest_adds_up(dataset: Path) -> None:
     assert sum(row["weight"] for row in manifest["species"]) == pytest.approx(1)
     expected = {"tokenizer.json", "train/contigs.tsv", "train/shards.npy", "valid/shards.npy"}
     assert manifest["files"] == {name: file_sha256(dataset / name) for name in expected}
-    assert manifest["tokenizer"] == {"sha256": manifest["files"]["tokenizer.json"], "vocab_size": 200, "kind": "bpe"}
+    sha256 = manifest["files"]["tokenizer.json"]
+    assert manifest["tokenizer"] == {"sha256": sha256, "vocab_size": 200, "kind": "bpe", "k": None}
     constants = {"format_version": 1, "packing": "contiguous", "strands": "forward", "minimum_tokens": 8, "seed": 0}
+    constants |= {"duplicates_removed": "near", "excluded": None, "run_bases": 8192}
     chosen = {"sequence_length": 20, "unit_bases": 7000, "region_bases": 2000, "valid_fraction": 0.2}
     assert {key: manifest[key] for key in constants | chosen} == constants | chosen
     totals = summary(Dataset(dataset))

@@ -16,7 +16,10 @@ from data_prep.__main__ import run
 Shard = Callable[..., int]
 
 
-@pytest.mark.parametrize("verb", ["synthesize", "tokenizer", "shard", "finalize"])
+@pytest.mark.parametrize(
+    "verb",
+    ["synthesize", "catalog", "fetch", "tokenizer", "shard", "finalize", "verify", "report", "audit", "bench"],
+)
 def test_help_tells_every_default(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run([verb, "--help"])
