@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import audit, bench, catalog, fetch, report, verify
+from data_prep import audit, bench, catalog, fetch, report, tokenizer, verify
 from data_prep import plan as planning
 from data_prep import synthesize as synthesis
-from data_prep import tokenizer as training
 from data_prep.cli import InputError, add_verb, log, main, writing
 from data_prep.codec import Codec
 from data_prep.dataset import Dataset
@@ -34,22 +33,11 @@ def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "seconds": round(time.monotonic() - started, 3)}
 
 
-def run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
-    """Train a tokenizer."""
-    started = time.monotonic()
-    result = training.train(
-        args.genomes, args.out, vocab_size=args.vocab_size, sample_bases=args.sample_bases, seed=args.seed
-    )
-    seconds = time.monotonic() - started
-    log(f"{args.out}: {result['vocab_size']} tokens from {result['sample_bases']:,} bases in {seconds:.1f} s")
-    return {**result, "seconds": round(seconds, 3)}
-
-
-def processes_for(units: Sequence[planning.Unit], asked: int | None) -> int:
-    """Processes to build units in: as asked for, or one a core where there is some work for each."""
+def processes_for(size: int, asked: int | None) -> int:
+    """Processes for `size` bases, or bytes of genomes: as asked for, or one a core where there is some work for each."""
     if asked is not None and asked < 1:
         raise InputError(f"--processes {asked}: must be at least 1")
-    return asked or max(1, min(cores(), sum(unit.bases for unit in units) // BASES_A_PROCESS))
+    return asked or max(1, min(cores(), size // BASES_A_PROCESS))
 
 
 def run_shard(args: argparse.Namespace) -> dict[str, Any]:
@@ -84,13 +72,14 @@ def _shard(args: argparse.Namespace) -> dict[str, Any]:
         planning.check_same(args.out, stored, stored["species"], genomes, codec, options)
         log(f"{args.out}: is already whole; nothing to do")
         return {**summary(finalize(args.out, args.exclude)), "seconds": round(time.monotonic() - started, 3)}
-    plan = planning.open_plan(args.out, genomes, codec, options)
+    scanning = processes_for(sum(genome.size for genome in genomes), args.processes)
+    plan = planning.open_plan(args.out, genomes, codec, options, scanning)
     units = plan.units
     if args.num_tasks is not None:
         units = planning.units_of_task(units, args.num_tasks, args.task)
-    log(f"{args.out}: {len(units)} of {len(plan.units)} units, {sum(unit.bases for unit in units):,} bases")
-    markers = build(args.out, args.genomes, plan, codec, units, processes_for(units, args.processes))
-    bases = sum(marker["bases"]["in"] for marker in markers)
+    bases = sum(unit.bases for unit in units)
+    log(f"{args.out}: {len(units)} of {len(plan.units)} units, {bases:,} bases")
+    markers = build(args.out, args.genomes, plan, codec, units, processes_for(bases, args.processes))
     if args.num_tasks is None:
         result = summary(finalize(args.out, args.exclude))
     else:
@@ -121,7 +110,7 @@ def check_task(args: argparse.Namespace) -> None:
 
 
 def run_finalize(args: argparse.Namespace) -> dict[str, Any]:
-    """Merge what the tasks left, remove duplicates, commit the manifest; or do a task's part of the search for duplicates."""
+    """Merge what the tasks left, remove duplicates, commit the manifest; or do a task's part of the search for them."""
     check_task(args)
     with writing(args.dataset):
         if args.num_tasks is not None:
@@ -142,21 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     _number(verb, "--species", synthesis.SPECIES, "number of genomes")
     _number(verb, "--seed", 0, "equal seeds give equal files")
 
-    for module in (catalog, fetch):
+    for module in (catalog, fetch, tokenizer):
         module.register(verbs)
-
-    verb = add_verb(verbs, "tokenizer", run_tokenizer, "Train a tokenizer on a sample stratified by species.")
-    _genomes(verb)
-    verb.add_argument("--out", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
-    verb.add_argument("--kind", choices=["bpe"], default="bpe", help="kind of tokenizer (default: bpe)")
-    _number(verb, "--vocab-size", training.VOCAB_SIZE, "tokens, with the 5 special ones")
-    _number(
-        verb,
-        "--sample-bases",
-        training.SAMPLE_BASES,
-        f"budget of the sample in bases; training takes about {training.RAM_BYTES_A_BASE} bytes of RAM a base",
-    )
-    _number(verb, "--seed", 0, "chooses the sample")
 
     verb = add_verb(
         verbs,

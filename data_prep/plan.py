@@ -29,8 +29,9 @@ from data_prep.cli import InputError, dump_json, log, progress, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SPLITS
 from data_prep.fasta import Point
-from data_prep.genomes import REGION_BASES, Genome, scan
+from data_prep.genomes import REGION_BASES, Genome, Scan, scan
 from data_prep.pack import MINIMUM_TOKENS, PACKINGS, STRANDS
+from data_prep.processes import run_in_processes
 
 UNIT_BASES = 16_000_000
 SEQUENCE_LENGTH = 128
@@ -117,7 +118,7 @@ def parameters_of(options: Options, codec: Codec) -> dict[str, Any]:
     }
 
 
-def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: Options) -> Plan:
+def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: Options, processes: int = 1) -> Plan:
     """The dataset's plan: the stored one if it is of the same parameters and files, or a new one."""
     if (work(dataset) / "plan.json").is_file():
         plan = load_plan(dataset)
@@ -129,8 +130,9 @@ def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: O
         raise InputError(f"--genomes has {len(genomes)} files; a dataset holds at most {np.iinfo('<u2').max}")
     log(f"reading {len(genomes)} files to plan the units")
     species, units, contigs = list[dict[str, Any]](), list[Unit](), [CONTIGS_HEADER]
-    for row, genome in enumerate(progress(genomes, total=len(genomes), unit="files")):
-        found = scan(genome)
+    scans = scan_all(genomes, processes)
+    for row, genome in enumerate(genomes):
+        found = scans[row]
         region_bases = region_bases_of(sum(found.lengths), options)
         species.append(
             {
@@ -156,6 +158,21 @@ def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: O
     write_atomically(dataset / "tokenizer.json", codec.data)
     write_atomically(work(dataset) / "plan.json", plan.as_json())
     return plan
+
+
+def scan_all(genomes: Sequence[Genome], processes: int) -> list[Scan]:
+    """The scan of each of `genomes`, in their order."""
+    if processes == 1:
+        return [scan(genome) for genome in progress(genomes, total=len(genomes), unit="files")]
+    scans = dict[int, Scan]()
+    calls = [(number, genome) for number, genome in enumerate(genomes)]
+    for number, found in progress(run_in_processes(_scan, calls, processes), total=len(calls), unit="files"):
+        scans[number] = found
+    return [scans[number] for number in range(len(genomes))]
+
+
+def _scan(number: int, genome: Genome) -> tuple[int, Scan]:
+    return number, scan(genome)
 
 
 def load_plan(dataset: Path) -> Plan:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from data_prep.cli import InputError, write_atomically
 from data_prep.dataset import SPLITS, npy_bytes
-from data_prep.kmers import encode_bases, forward_words, mix, reverse_complement
+from data_prep.kmers import encode_bases, forward_words, mix
 
 WORD = 24  # bases of a k-mer: long enough that two equal ones have one origin, short enough to fit between differences
 CHOICE = 8  # bases in its middle, which choose it
@@ -105,20 +105,21 @@ class Sketcher:
         begin, end, number = np.concatenate(parts, axis=1)
         rows = np.zeros(len(begin), dtype=SEQUENCE_ROW)
         rows["split"], rows["number"], rows["bases"] = self._split, number, end - begin
-        rows["exact"] = _exact_hashes(text, begin, end)
+        codes = encode_bases(text)
+        rows["exact"] = _exact_hashes(codes, begin, end)
         self._rows[self._split].append(rows)
         if self._near and len(begin):
-            self._sketch(text, begin, end)
+            self._sketch(codes, begin, end)
         self._sequences[self._split] += len(rows)
         self._waiting, self._bases = [], 0
 
-    def _sketch(self, text: bytes, begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
-        """Append the keys of the sequences text[begin:end]."""
+    def _sketch(self, text: NDArray[np.uint8], begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
+        """Append the keys of the sequences text[begin:end], whose bases are 0 to 3."""
         bits = np.uint64(ROW_BITS)
         last = np.flatnonzero(np.append(begin[1:] > end[:-1], True))  # sequences after which there is a gap
         covered = end[last[np.searchsorted(last, np.arange(len(begin)))]]  # where the gap after each sequence begins
         for start in range(0, len(text), CHUNK_BASES):
-            codes = encode_bases(text[start : start + CHUNK_BASES + WORD - 1])
+            codes = text[start : start + CHUNK_BASES + WORD - 1]
             words = forward_words(codes, CHOICE, np.uint16)
             middle, right = (WORD - CHOICE) // 2, WORD - CHOICE
             positions = np.flatnonzero(self._chosen.take(words[middle : max(middle, len(codes) - WORD + 1 + middle)]))
@@ -140,14 +141,16 @@ class Sketcher:
                 f"{(1 << ROW_BITS) - 1:,}; choose a smaller --unit-bases"
             )
         order = (VALID, *(split for split in range(len(SPLITS)) if split != VALID))
-        rows, keys, first = [np.empty(0, SEQUENCE_ROW)], [np.empty(0, np.uint64)], 0
+        rows, keys, before = [np.empty(0, SEQUENCE_ROW)], [np.empty(0, np.uint64)], 0
         for split in order:
             rows += self._rows[split]
-            keys += [each + np.uint64(first) for each in self._keys[split]]
-            first += self._sequences[split]
+            keys += [each + np.uint64(before) for each in self._keys[split]]
+            before += self._sequences[split]
         table, sketches = np.concatenate(rows), np.concatenate(keys)
         sketches.sort()
-        sketches = sketches[np.diff(sketches, prepend=~sketches[:1]) != 0]  # distinct
+        first = np.ones(len(sketches), dtype=np.bool_)
+        np.not_equal(sketches[1:], sketches[:-1], out=first[1:])
+        sketches = sketches[first]  # distinct
         row = (sketches & np.uint64((1 << ROW_BITS) - 1)).astype(np.int64)
         table["hashes"] = np.bincount(row, minlength=len(table))
         write_atomically(hashes_path(directory, unit), npy_bytes(sketches.astype("<u8", copy=False)))
@@ -169,9 +172,9 @@ def _joined(left: NDArray[np.uint16], middle: NDArray[np.uint16], right: NDArray
     return (left.astype(np.uint64) << bits | middle.astype(np.uint64)) << bits | right.astype(np.uint64)
 
 
-def _exact_hashes(text: bytes, begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A hash of each text[begin:end], the same for its reverse complement. uint64 [sequences]."""
-    other, size = reverse_complement(text), len(text)
+def _exact_hashes(codes: NDArray[np.uint8], begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A hash of each codes[begin:end], the same for its reverse complement. uint64 [sequences]."""
+    text, other, size = codes.tobytes(), (3 - codes[::-1]).tobytes(), len(codes)
     digests = [
         hashlib.blake2b(min(text[start:stop], other[size - stop : size - start]), digest_size=8).digest()
         for start, stop in zip(begin.tolist(), end.tolist(), strict=True)

@@ -1,71 +1,151 @@
-"""Trains the BPE tokenizer on a sample of the genomes that is stratified by species and bounded in memory.
+"""Makes tokenizers: a BPE trained on a sample of the genomes, or k-mers, which need no training.
 
-Training takes about 50 bytes of RAM a base, because to BPE a whole window is one "word". The sample therefore has a
-budget in bases. Each species gets an equal share of it; what small genomes leave goes to the others. Within a species
-the windows with the lowest keyed hash are taken, so the sample depends on the seed and the genomes only, and is
-streamed.
-
-The file is laid out like the published DNABERT-2 tokenizer.json, merges as "A C" strings, which every version of the
-library reads: no normalizer, Whitespace pre-tokenizer, [UNK] [CLS] [SEP] [PAD] [MASK] = 0 to 4, A C G T = 5 to 8,
-merges.
+Training a BPE takes about 50 bytes of RAM a base, because to BPE a whole window is one "word". The sample (sample.py)
+therefore has a budget in bases. The file has the ids of the published DNABERT-2 tokenizer, A C G T = 5 to 8, then merges, as
+"A C" strings, which every version of the library reads.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data_prep.cli import InputError, log, progress, write_atomically
+from data_prep import compare as comparison
+from data_prep.cli import InputError, add_verb, log, write_atomically
 from data_prep.dataset import SPECIALS
 from data_prep.genomes import Genome, find_genomes, read_regions
+from data_prep.kmer_tokenizer import KINDS, K, kmer_json
+from data_prep.memory import available_memory, peak_memory
+from data_prep.sample import Sample
+from data_prep.tokenizer_file import tokenizer_json
 
 WINDOW_BASES = 1_000
-_ACGT = re.compile("[ACGT]+")
-MINIMUM_WINDOW_BASES = 100  # the last window of a contig may be shorter than the others, down to this
+MINIMUM_WINDOW_BASES = 100  # the last window of a record may be shorter than the others, down to this
 SAMPLE_BASES = 50_000_000
 VOCAB_SIZE = 4096
 MAX_TOKEN_BASES = 32  # the published tokenizer's longest; near-duplicate genomes would yield tokens of hundreds of bases
 RAM_BYTES_A_BASE = 50  # measured on genomes
+RAM_BYTES_AT_REST = 100_000_000  # of a process that has loaded all this and reads genomes
+_ACGT = re.compile("[ACGT]+")
+
+
+def register(verbs: Any) -> None:
+    """Add `tokenizer` to the command line."""
+    verb = add_verb(verbs, "tokenizer", run_tokenizer, "Make a tokenizer, or compare several on the same genomes.")
+    verb.add_argument(
+        "--genomes",
+        type=Path,
+        metavar="DIR",
+        help="folder of FASTA files: DIR/<category>/<species>.fa[.gz]; k-mers need none",
+    )
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE", help="the tokenizer.json to write; with --compare a folder for table and plot"
+    )
+    verb.add_argument("--kind", choices=["bpe", *KINDS], help="kind of tokenizer (default: bpe)")
+    verb.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="compare tokenizer files; a k-mer tokenizer may be named instead, as in kmer:6 or overlapping-kmer:3",
+    )
+    numbers = {
+        "--vocab-size": f"bpe: tokens, with the 5 special ones (default: {VOCAB_SIZE})",
+        "--k": f"k-mers: letters of one (default: {K})",
+        "--sample-bases": "bpe, --compare: budget of the sample in bases; training takes about "
+        f"{RAM_BYTES_A_BASE} bytes of RAM a base (default: {SAMPLE_BASES}, to compare {comparison.SAMPLE_BASES})",
+        "--seed": "bpe, --compare: chooses the sample (default: 0)",
+        "--sequence-length": "--compare: tokens of a sequence, with [CLS] and [SEP] "
+        f"(default: {comparison.SEQUENCE_LENGTH})",
+    }
+    for flag, text in numbers.items():
+        verb.add_argument(flag, type=int, metavar="N", help=text)
+
+
+# What each way of using the verb takes beside the options of all.
+_TAKES = {
+    "--compare": ("genomes", "sample_bases", "seed", "sequence_length"),
+    "--kind bpe": ("genomes", "vocab_size", "sample_bases", "seed"),
+    **{f"--kind {kind}": ("genomes", "k") for kind in KINDS},  # genomes: read by none, but scripts give them to all
+}
+
+
+def run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    """Make a tokenizer, or compare some."""
+    started = time.monotonic()
+    if args.compare and args.kind:
+        raise InputError("--kind and --compare: give one of them; a tokenizer is made first, then compared")
+    way = "--compare" if args.compare else f"--kind {args.kind or 'bpe'}"
+    options = ("genomes", "vocab_size", "k", "sample_bases", "seed", "sequence_length")
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    for name in given:
+        if name not in _TAKES[way]:
+            raise InputError(f"--{name.replace('_', '-')}: is not for {way}; leave it out")
+    if not args.compare and args.out is None:
+        raise InputError("--out: is missing; name the tokenizer.json to write")
+    if args.kind in KINDS:
+        data = kmer_json(args.kind, given.get("k", K))
+        write_atomically(args.out, data)
+        result = {"vocab_size": len(json.loads(data)["model"]["vocab"]), "sha256": hashlib.sha256(data).hexdigest()}
+        log(f"{args.out}: {result['vocab_size']} tokens, {args.kind}, k {given.get('k', K)}")
+    elif args.genomes is None:
+        raise InputError("--genomes: is missing; name the folder of FASTA files to take the sample from")
+    elif args.compare:
+        result = comparison.compare(args.compare, out=args.out, **given)
+    else:
+        result = train(out=args.out, **given)
+        seconds = time.monotonic() - started
+        log(f"{args.out}: {result['vocab_size']} tokens from {result['sample_bases']:,} bases in {seconds:.1f} s")
+    return {**result, "seconds": round(time.monotonic() - started, 3)}
 
 
 def train(
     genomes: Path, out: Path, *, vocab_size: int = VOCAB_SIZE, sample_bases: int = SAMPLE_BASES, seed: int = 0
 ) -> dict[str, Any]:
-    """Train a BPE on the FASTA files below `genomes` and write it to `out`; return counts."""
+    """Train a BPE on the FASTA files below `genomes` and write it to `out`; return counts, and RAM in bytes."""
     smallest = len(SPECIALS) + len("ACGT")
     if not smallest <= vocab_size <= 1 << 16:
         raise InputError(f"--vocab-size {vocab_size}: must be from {smallest} to 65536")
     found = find_genomes(genomes)
-    log(f"counting {WINDOW_BASES}-base windows of A, C, G, T in {len(found)} FASTA files")
-    windows = [sum(1 for _ in clean_windows(genome)) for genome in progress(found, total=len(found), unit="files")]
-    quotas = fill(windows, sample_bases // WINDOW_BASES)
-    most = sum(quotas) * WINDOW_BASES  # the last window of a contig may be shorter
-    if not most:
+    log(f"counting {WINDOW_BASES}-base windows of A, C, G, T in {len(found)} files")
+    sample = Sample(found, clean_windows, sample_bases, seed)
+    bases = sum(sample.bases)
+    if not bases:
         raise InputError(
-            f"{genomes}: no window of A, C, G, T to train on (at least {MINIMUM_WINDOW_BASES} bases without another "
-            f"letter), or --sample-bases {sample_bases} is under {WINDOW_BASES}"
+            f"{genomes}: no window of A, C, G, T to train on ({WINDOW_BASES} bases without another letter, or what a "
+            f"shorter record has), or --sample-bases {sample_bases} is less than one has"
         )
-    log(f"training on {sum(quotas):,} windows; this takes about {most * RAM_BYTES_A_BASE / 1e9:.2f} GB of RAM")
-    sample = _Sample(found, windows, quotas, seed)
+    predicted = RAM_BYTES_AT_REST + bases * RAM_BYTES_A_BASE
+    log(f"training on {bases:,} bases; this takes about {predicted / 1e9:.2f} GB of RAM")
+    available = available_memory()
+    if available is not None and predicted > available:
+        fitting = max(0, available - RAM_BYTES_AT_REST) // RAM_BYTES_A_BASE
+        log(
+            f"warning: only {available / 1e9:.2f} GB of RAM are available, so that this process may be killed; "
+            f"--sample-bases {fitting} would fit"
+        )
     tokenizer = train_bpe(sample, vocab_size)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         log(f"the sample yields only {size} tokens, not {vocab_size}: every pair of tokens has been merged")
     data = _published_layout(tokenizer)
     write_atomically(out, data)
+    peak = peak_memory()
+    log(f"peak RAM of this process: {peak / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB")
     return {
         "vocab_size": size,
-        "sample_bases": sample.bases,
-        "sample_windows": {genome.name: quota for genome, quota in zip(found, quotas, strict=True)},
+        "sample_bases": bases,
+        "sample_windows": {genome.name: count for genome, count in zip(found, sample.windows, strict=True)},
         "sha256": hashlib.sha256(data).hexdigest(),
+        "ram_bytes_predicted": predicted,
+        "ram_bytes_peak": peak,
     }
 
 
@@ -90,92 +170,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 0) -> 
 
 
 def clean_windows(genome: Genome) -> Iterator[str]:
-    """Windows that have no letter but A, C, G, T, at multiples of 1,000 bases in each contig, in file order."""
+    """Windows that have no letter but A, C, G, T, at multiples of 1,000 bases in each record, in file order."""
     for region in read_regions(genome.path):  # a region's size is a multiple of a window's
         text = region.bases
         for start in range(0, len(text), WINDOW_BASES):
             window = text[start : start + WINDOW_BASES]
-            if b"N" not in window and len(window) >= MINIMUM_WINDOW_BASES:
+            # A short rest of a long record is not worth a place; a short record is, such as a row of a table.
+            worth = len(window) >= MINIMUM_WINDOW_BASES or region.start + start == 0
+            if worth and b"N" not in window:
                 yield window.decode("ascii")
-
-
-def fill(available: Sequence[int], budget: int) -> list[int]:
-    """Equal shares of `budget` that no one exceeds what it has; what small ones leave is shared by the others."""
-    shares, left = [0] * len(available), budget
-    for done, index in enumerate(sorted(range(len(available)), key=lambda index: available[index])):
-        shares[index] = min(available[index], left // (len(available) - done))
-        left -= shares[index]
-    return shares
-
-
-def chosen(species: str, seed: int, available: int, quota: int) -> NDArray[np.bool_]:
-    """Which of a species' windows are in the sample [available]: the `quota` of them with the lowest hash."""
-    key = hashlib.blake2b(json.dumps([seed, species]).encode(), digest_size=8).digest()
-    # SplitMix64 is a bijection of 64-bit numbers, so no two windows have the same hash.
-    hashes = np.arange(available, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.frombuffer(key, "<u8")[0]
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
-    hashes ^= hashes >> np.uint64(31)
-    taken = np.zeros(available, dtype=np.bool_)
-    taken[np.argpartition(hashes, quota - 1)[:quota] if quota else []] = True
-    return taken
-
-
-class _Sample:
-    """The chosen windows, read one at a time; `bases` counts them."""
-
-    def __init__(self, genomes: Sequence[Genome], windows: Sequence[int], quotas: Sequence[int], seed: int) -> None:
-        self.genomes, self.windows, self.quotas, self.seed = genomes, windows, quotas, seed
-        self.bases = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for genome, available, quota in zip(self.genomes, self.windows, self.quotas, strict=True):
-            if quota:
-                taken = chosen(genome.name, self.seed, available, quota)
-                for window, take in zip(clean_windows(genome), taken, strict=True):
-                    if take:
-                        self.bases += len(window)
-                        yield window
 
 
 def _published_layout(tokenizer: Tokenizer) -> bytes:
     """The trained tokenizer as bytes, key by key as in the published file."""
     trained = json.loads(tokenizer.to_str())["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in trained["merges"]]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-
-    def special(token: str, type_id: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": token, "type_id": type_id}}
-
-    def sequence(name: str, type_id: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": type_id}}
-
-    single = [special("[CLS]", 0), sequence("A", 0), special("[SEP]", 0)]
-    layout = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": id, "special": True, "content": name, **flags} for id, name in enumerate(SPECIALS)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": single,
-            "pair": [*single, sequence("B", 1), special("[SEP]", 1)],
-            "special_tokens": {
-                token: {"id": token, "ids": [SPECIALS.index(token)], "tokens": [token]} for token in ("[CLS]", "[SEP]")
-            },
-        },
-        "decoder": None,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "[UNK]",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "vocab": dict(sorted(trained["vocab"].items(), key=lambda entry: entry[1])),
-            "merges": merges,
-        },
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "vocab": dict(sorted(trained["vocab"].items(), key=lambda entry: entry[1])),
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in trained["merges"]],
     }
-    return json.dumps(layout, indent=2, ensure_ascii=False).encode()
+    return tokenizer_json({"type": "Whitespace"}, model)

@@ -1,7 +1,8 @@
 """Reads a task's three CSV files, refuses what would give a wrong score, and turns sequences into tokens.
 
-Letters are fed to the tokenizer as they are: under the published one lower case and N become [UNK], one per base, and
-changing them would change published scores. They are counted, and the run says how many there were.
+Letters are fed to the tokenizer as they are: under the published one lower case and N become [UNK], one per base, and under
+overlapping k-mers every k-mer does that has one; changing them would change published scores. They are counted, and the run
+says how many there were.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
+from data_prep.codec import TextEncoder
 from finetune.tasks import task_name
 from kernels import MAX_SEQUENCE
 
@@ -147,27 +148,32 @@ def tokenize(rows: Rows, tokenizer: Tokenizer, vocab_size: int, max_length: int 
     Raises InputError: a token beyond the model's vocabulary, a sequence longer than the model can take.
     """
     cls, sep = (_special(tokenizer, token) for token in ("[CLS]", "[SEP]"))
-    parts: list[list[int]] = []
+    encode = TextEncoder(tokenizer)
+    parts: list[NDArray[np.integer]] = []  # content tokens of each row
     truncated = 0
-    limit = MAX_SEQUENCE if max_length is None else min(max_length, MAX_SEQUENCE)
+    limit = (MAX_SEQUENCE if max_length is None else min(max_length, MAX_SEQUENCE)) - 2
     for first in range(0, len(rows.sequences), _TOKENIZED_AT_ONCE):
-        texts: Sequence[str] = rows.sequences[first : first + _TOKENIZED_AT_ONCE]
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            content = encoding.ids
-            if len(content) + 2 > limit:
+        tokens, counts = encode(rows.sequences[first : first + _TOKENIZED_AT_ONCE])
+        for content in np.split(tokens, np.cumsum(counts)[:-1]):
+            if not len(content):
+                raise InputError(
+                    f"{rows.path}, line {rows.lines[len(parts)]}: {rows.sequences[len(parts)]!r} has no token under the "
+                    f"model's tokenizer{f' of {encode.k}-mers' if encode.k else ''}; remove the row"
+                )
+            if len(content) > limit:
                 if max_length is None:
                     raise InputError(
                         f"{rows.path}, line {rows.lines[len(parts)]}: {len(content)} tokens, the model takes "
                         f"{MAX_SEQUENCE - 2}; give --max-length to truncate"
                     )
                 truncated += 1
-                content = content[: limit - 2]
-            parts.append([cls, *content, sep])
+            parts.append(content[:limit])
     starts = np.zeros(len(parts) + 1, dtype=np.int64)
-    np.cumsum([len(part) for part in parts], out=starts[1:])
+    np.cumsum([len(part) + 2 for part in parts], out=starts[1:])
     ids = np.empty(starts[-1], dtype=np.int32)
+    ids[starts[:-1]], ids[starts[1:] - 1] = cls, sep
     for part, start, stop in zip(parts, starts[:-1], starts[1:], strict=True):
-        ids[start:stop] = part
+        ids[start + 1 : stop - 1] = part
     if int(ids.max()) >= vocab_size:
         row = int(np.searchsorted(starts, int((ids >= vocab_size).argmax()), side="right")) - 1
         raise InputError(

@@ -20,7 +20,7 @@ from kernels import MAX_SEQUENCE
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
 from pretrain.blocks import BlockPool, slot_bytes, slots_needed
 from pretrain.config import Config
-from pretrain.masking import CLS, SEP, Masking
+from pretrain.masking import CLS, SEP, Masking, span_tokens
 from pretrain.model import Packed
 from pretrain.order import Order, micro_batches, rank_rows, streams_in_use
 from pretrain.sampling import draws
@@ -135,8 +135,9 @@ class Loader:
         self.valid_pool = BlockPool(valid, width, 8, 1, skip)
         self._valid_ends = np.cumsum(valid.shards["sequences"], dtype=np.int64)
         vocab_size, seed = config.model.vocab_size, config.train.seed
-        self._masking = None if plain else Masking(config.data, vocab_size, seed)
-        self._valid_masking = Masking(config.data, vocab_size, VALIDATION_SEED)
+        span = span_tokens(dataset.manifest["tokenizer"])
+        self._masking = None if plain else Masking(config.data, vocab_size, seed, span)
+        self._valid_masking = Masking(config.data, vocab_size, VALIDATION_SEED, span)
         self._dropout_key = None if plain else root_key(seed, PURPOSE_DROPOUT)
 
     def state(self, position: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Tokenizer(Section):
 
     file: str | None = None
     kind: str | None = None
+    k: int | None = None
     vocab_size: int | None = None
     sample_bases: int | None = None
     seed: int | None = None

@@ -4,8 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
+from data_prep.kmer_tokenizer import kmer_json
 from finetune.data import read_rows, read_task, tokenize
 
 
@@ -110,3 +112,33 @@ def test_a_sequence_over_the_model_limit_is_named(small_task, bases_tokenizer):
 def test_tokenizer_of_another_model_is_refused(small_task, bases_tokenizer):
     with pytest.raises(InputError, match=r"dev.csv, line 2: the tokenizer gives token 8, but the model has 8"):
         tokenize(read_rows(small_task / "dev.csv"), bases_tokenizer, 8, None)
+
+
+@pytest.mark.parametrize("kind", ["kmer", "overlapping-kmer"])
+def test_kmer_tokenizers_read_plain_text(small_task, kind):
+    """`tokenizers` alone would make one [UNK] of a text that overlapping k-mers are to be cut from."""
+    tokenizer = Tokenizer.from_str(kmer_json(kind, 3).decode())
+    path = small_task / "dev.csv"
+    path.write_text("sequence,label\nACGTACGTA,0\nACGTNA,1\nACG,0\n")
+    rows, size = read_rows(path), tokenizer.get_vocab_size()
+    tokens = tokenize(rows, tokenizer, size, None)
+    found = [
+        [tokenizer.id_to_token(token) for token in tokens.ids[start:stop].tolist()]
+        for start, stop in zip(tokens.starts[:-1], tokens.starts[1:], strict=True)
+    ]
+    if kind == "kmer":
+        expected = [["ACG", "TAC", "GTA"], ["ACG", "T", "N", "A"], ["ACG"]]
+    else:
+        expected = [["ACG", "CGT", "GTA", "TAC", "ACG", "CGT", "GTA"], ["ACG", "CGT", "[UNK]", "[UNK]"], ["ACG"]]
+    assert found == [["[CLS]", *content, "[SEP]"] for content in expected]
+    cut = tokenize(rows, tokenizer, size, 5)
+    assert cut.lengths.tolist() == [5, 5, 3] and cut.truncated == sum(len(content) > 3 for content in expected)
+    assert tokenizer.id_to_token(int(cut.ids[3])) == expected[0][2]
+
+
+def test_a_sequence_shorter_than_a_kmer_is_named(small_task):
+    tokenizer = Tokenizer.from_str(kmer_json("overlapping-kmer", 3).decode())
+    path = small_task / "dev.csv"
+    path.write_text("sequence,label\nACGTACGTA,0\nAC,1\n")
+    with pytest.raises(InputError, match=r"dev.csv, line 3: 'AC' has no token under the model's tokenizer of 3-mers"):
+        tokenize(read_rows(path), tokenizer, tokenizer.get_vocab_size(), None)
