@@ -9,18 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import audit, bench, catalog, fetch, report, tokenizer, verify
+from data_prep import bench
 from data_prep import plan as planning
 from data_prep import synthesize as synthesis
+from data_prep.audit import command as audit
 from data_prep.cli import InputError, add_verb, log, main, writing
 from data_prep.codec import Codec
 from data_prep.dataset import Dataset
 from data_prep.finalize import finalize, streams_of, summary
-from data_prep.genomes import REGION_BASES, find_genomes
+from data_prep.inputs.genomes import REGION_BASES, find_genomes
+from data_prep.ncbi import catalog, fetch
 from data_prep.pack import PACKINGS, STRANDS
 from data_prep.processes import cores
 from data_prep.removal import prepare_removal
+from data_prep.report import command as report
 from data_prep.shard import build
+from data_prep.tokenizing import train as tokenizer
+from data_prep.verify import command as verify
 
 BASES_A_PROCESS = 64_000_000  # at least: starting a process costs as long as some Mb
 

@@ -25,12 +25,12 @@ from tokenizers import Tokenizer
 from data_prep.cli import InputError, add_verb, log
 from data_prep.codec import RUN_BASES, Codec
 from data_prep.finalize import finalize
-from data_prep.genomes import Genome, find_genomes, read_regions
+from data_prep.inputs.genomes import Genome, find_genomes, read_regions
 from data_prep.plan import Options, Plan, Unit, open_plan, units_of_task
 from data_prep.processes import cores
 from data_prep.shard import build
 from data_prep.synthesize import synthesize
-from data_prep.tokenizer import train
+from data_prep.tokenizing.train import train
 
 CORPUS_BASES = 32_490_000_000  # of the paper's multi-species corpus
 NODE_CORES = 32  # of the node that hours are told for

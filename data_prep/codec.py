@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
 from data_prep.dataset import SPECIALS
-from data_prep.kmer_tokenizer import OVERLAPPING, read_kmers
+from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING, read_kmers
 
 RUN_BASES = 8_192  # of text tokenized at once: the library's fastest length, and a token seldom reaches over its edge
 

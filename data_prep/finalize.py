@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.audit.exclusions import read_exclusions
 from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, npy_bytes
-from data_prep.exclusions import read_exclusions
 from data_prep.pack import DROPPED
 from data_prep.plan import Plan, load_plan, work
 from data_prep.removal import begin, remove

@@ -28,8 +28,8 @@ import numpy as np
 from data_prep.cli import InputError, dump_json, log, progress, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SPLITS
-from data_prep.fasta import Point
-from data_prep.genomes import REGION_BASES, Genome, Scan, scan
+from data_prep.inputs.fasta import Point
+from data_prep.inputs.genomes import REGION_BASES, Genome, Scan, scan
 from data_prep.pack import MINIMUM_TOKENS, PACKINGS, STRANDS
 from data_prep.processes import run_in_processes
 
@@ -87,7 +87,7 @@ class Plan:
 
     parameters: dict[str, Any]  # everything but the genomes that the dataset's bytes depend on
     # A row a file: name, category, file, file_bytes, file_sha256, contigs, first_contig, bases, region_bases, and `valid`,
-    # the validation regions by their number in the file, ascending; `points` (fasta.py), from which the file can be read.
+    # the validation regions by their number in the file, ascending; `points` (inputs/fasta.py), to read the file from.
     species: list[dict[str, Any]]
     units: list[Unit]
     contigs_sha256: str

@@ -1,4 +1,4 @@
-"""Takes sequences out of a dataset in the making: duplicates (duplicates.py) and what an exclusion list names.
+"""Takes sequences out of a dataset in the making: duplicates (duplicates/search.py) and what an exclusion list names.
 
 Only the shards that lose sequences are written anew, aside in `.work/final/`, and moved over the old ones when they are
 durable. The unit's new marker, which lies there too until its shards are moved, is the journal: who finds it ends the move,
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.audit.exclusions import Exclusions
 from data_prep.cli import InputError, dump_json, fsync_directory, progress, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import SPLITS, Block, ShardWriter
-from data_prep.duplicates import Duplicates, find_duplicates, prepare
-from data_prep.exclusions import Exclusions
+from data_prep.duplicates.search import Duplicates, find_duplicates, prepare
 from data_prep.pack import DROPPED
 from data_prep.plan import Plan, load_plan, work
 from data_prep.shard import final, marker_of, marker_path, settle, shard_rows
@@ -31,7 +31,7 @@ from data_prep.unfinished import split_of_rows
 
 KEPT = 0
 DUPLICATE, NEAR_DUPLICATE, EXCLUDED = (DROPPED.index(reason) for reason in ("duplicate", "near_duplicate", "excluded"))
-OF_REASON = np.array([KEPT, DUPLICATE, NEAR_DUPLICATE], dtype=np.uint8)  # reasons of duplicates.py in ours
+OF_REASON = np.array([KEPT, DUPLICATE, NEAR_DUPLICATE], dtype=np.uint8)  # reasons of duplicates/search.py in ours
 
 
 @dataclass(frozen=True)

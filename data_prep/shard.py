@@ -1,11 +1,11 @@
 """Builds the units of a dataset: streams a genome, splits its regions between train and valid, writes their shards.
 
-A unit is done when its marker `.work/unit-<number>.json` exists. It is written, atomically, after the unit's shards
-and the sketches of their sequences (sketch.py) are durable under their final names; what dies before leaves partial files
-that nothing reads, and the unit is built again, to the same bytes. Two tasks that build one unit at once do no harm for the
+A unit is done when its marker `.work/unit-<number>.json` exists. It is written, atomically, after the unit's shards and
+the sketches of their sequences (duplicates/sketch.py) are durable under their final names; what dies before leaves
+partial files that nothing reads, and the unit is built again, to the same bytes. Two tasks that build one unit at once do no harm for the
 same reason: each writes under names of its own.
 
-A task gets a run of neighbouring units, because gzip other than bgzip can't be read from the middle (segments.py).
+A task gets a run of neighbouring units, because gzip other than bgzip can't be read from the middle (inputs/segments.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from data_prep.cli import InputError, dump_json, fsync_directory, progress, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import SHARD_ROW, SPLITS, ShardWriter
-from data_prep.genomes import read_regions
+from data_prep.duplicates.sketch import Sketcher
+from data_prep.inputs.genomes import read_regions
+from data_prep.inputs.segments import segment_around
 from data_prep.pack import Packed, Packer
 from data_prep.plan import Plan, Unit, split_of, work
 from data_prep.processes import run_in_processes
-from data_prep.segments import segment_around
-from data_prep.sketch import Sketcher
 
 
 def build(

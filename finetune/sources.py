@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.cli import InputError, log
-from data_prep.tokenizer import train_bpe
+from data_prep.tokenizing.train import train_bpe
 from pretrain.config import PRESETS
 from pretrain.model import ModelConfig
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import tokenizer
 from data_prep.__main__ import run
+from data_prep.tokenizing import train as tokenizer
 
 # Small enough that every file has several units, and both splits get regions.
 SMALL = ["--sequence-length", "20", "--region-bases", "2000", "--unit-bases", "7000", "--valid-fraction", "0.2"]

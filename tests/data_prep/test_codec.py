@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.cli import InputError
 from data_prep.codec import Codec
-from data_prep.kmer_tokenizer import KMER, OVERLAPPING, kmer_json
+from data_prep.tokenizing.kmer_tokenizer import KMER, OVERLAPPING, kmer_json
 from tests.data_prep.conftest import random_bases
 
 TEXT = random_bases(3, 3001).decode()

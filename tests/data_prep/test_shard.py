@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from data_prep.__main__ import run
 from data_prep.dataset import SPLITS, Dataset, ShardWriter
-from data_prep.fasta import read_fasta
+from data_prep.inputs.fasta import read_fasta
 from data_prep.pack import MINIMUM_TOKENS
 from tests.data_prep.conftest import SMALL
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data_prep.cli import InputError
-from data_prep.fasta import read_fasta
-from data_prep.genomes import find_genomes, scan
+from data_prep.inputs.fasta import read_fasta
+from data_prep.inputs.genomes import find_genomes, scan
 from data_prep.synthesize import synthesize
 
 

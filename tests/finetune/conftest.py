@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data_prep.dataset import SPECIALS
-from data_prep.tokenizer import train_bpe
+from data_prep.tokenizing.train import train_bpe
 from finetune.data import Tokens, read_task, tokenize
 from pretrain.model import MaskedLanguageModel, ModelConfig, initialize
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
-from data_prep.kmer_tokenizer import kmer_json
+from data_prep.tokenizing.kmer_tokenizer import kmer_json
 from finetune.data import read_rows, read_task, tokenize
 
 

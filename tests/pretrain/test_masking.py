@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.__main__ import run
 from data_prep.codec import Codec
-from data_prep.kmer_tokenizer import kmer_json
+from data_prep.tokenizing.kmer_tokenizer import kmer_json
 from pretrain.config import DataConfig, load_config
 from pretrain.loader import Loader, open_dataset
 from pretrain.masking import CLS, FIRST_CONTENT, MASK, SEP, Masking, span_tokens

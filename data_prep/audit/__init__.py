@@ -1,0 +1,1 @@
+"""What training data and evaluation sets share."""

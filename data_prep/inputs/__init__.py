@@ -1,0 +1,1 @@
+"""Files of genomes, read as regions of clean bases."""

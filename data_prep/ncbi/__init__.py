@@ -1,0 +1,1 @@
+"""From a list of species to files of genomes."""
