@@ -2,8 +2,8 @@
 
 A unit is done when its marker `.work/unit-<number>.json` exists. It is written, atomically, after the unit's shards and
 the sketches of their sequences (duplicates/sketch.py) are durable under their final names; what dies before leaves
-partial files that nothing reads, and the unit is built again, to the same bytes. Two tasks that build one unit at once do no harm for the
-same reason: each writes under names of its own.
+partial files that nothing reads, and the unit is built again, to the same bytes. Two tasks that build one unit at once
+do no harm for the same reason: each writes under names of its own.
 
 A task gets a run of neighbouring units, because gzip other than bgzip can't be read from the middle (inputs/segments.py).
 """
