@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.cli import InputError, dump_json, fsync_directory
+from data_prep.codec import TextEncoder
 from data_prep.dataset import SPECIALS
+from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from pretrain import checkpoint
 from pretrain.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed, read_deepspeed
 from pretrain.model import ModelConfig, parameter_count
@@ -143,7 +146,10 @@ def _model_card(model: Pretrained) -> str:
         origin += ", started from " + {"deepspeed": "a DeepSpeed checkpoint"}.get(
             source["imported"]["kind"], "Hugging Face files"
         )
-    c = model.config
+    c, encoder, spacing = model.config, TextEncoder(Tokenizer.from_file(str(model.tokenizer))), ""
+    if encoder.kind == OVERLAPPING:  # the library can't cut text into pieces that overlap
+        k = encoder.k
+        spacing = f'\ntext = " ".join(text[i : i + {k}] for i in range(len(text) - {k} + 1))  # k-mers, as in DNABERT'
     return f"""\
 ---
 library_name: transformers
@@ -163,7 +169,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)  # else it asks
 model = AutoModel.from_pretrained(DIRECTORY, trust_remote_code=True).eval()
-batch = tokenizer(["ACGTAGCATCGGATCTATCTATCGACACTTGGTTATCGATCTACG"], padding=True, return_tensors="pt")
+text = "ACGTAGCATCGGATCTATCTATCGACACTTGGTTATCGATCTACG"{spacing}
+batch = tokenizer([text], padding=True, return_tensors="pt")
 with torch.no_grad():
     states = model(**batch).last_hidden_state  # [sequences, tokens, {c.hidden_size}], 0 at padding
 mask = batch["attention_mask"][..., None]

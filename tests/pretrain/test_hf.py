@@ -5,16 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.__main__ import run as data_prep
 from data_prep.cli import InputError
 from pretrain import hf
 from pretrain.hf import export_run, import_directory
 from pretrain.model import Packed
+from pretrain.pretrained import read_run
 from tests.pretrain.directories import (
     CONFIG,
     PUBLISHED_CONFIG,
@@ -49,6 +52,16 @@ def test_an_exported_directory_is_complete(exported, run_dir, model):
     assert "step 200" in card and "ab" * 32 in card and "trust_remote_code=True" in card
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in exported.iterdir())
     assert os.stat(exported).st_mode & 0o777 == 0o755
+
+
+def test_the_card_says_how_text_becomes_overlapping_kmers(run_dir, tmp_path):
+    assert data_prep(["tokenizer", "--kind", "overlapping-kmer", "--k", "3", "--out", str(tmp_path / "t.json")]) == 0
+    card = hf._model_card(replace(read_run(run_dir), tokenizer=tmp_path / "t.json"))
+    (line,) = [line for line in card.splitlines() if line.startswith('text = " "')]
+    names = {"text": "ACGTA"}
+    exec(line, names)
+    assert names["text"] == "ACG CGT GTA"
+    assert 'text = " "' not in hf._model_card(read_run(run_dir))
 
 
 def test_the_newest_step_that_is_whole_or_the_one_asked_for(run_dir, tmp_path):
