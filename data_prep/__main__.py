@@ -13,7 +13,7 @@ from data_prep import bench
 from data_prep import plan as planning
 from data_prep import synthesize as synthesis
 from data_prep.audit import command as audit
-from data_prep.cli import InputError, add_verb, log, main, writing
+from data_prep.cli import InputError, add_verb, log, main, stoppable, writing
 from data_prep.codec import Codec
 from data_prep.dataset import Dataset
 from data_prep.finalize import finalize, streams_of, summary
@@ -68,6 +68,8 @@ def _shard(args: argparse.Namespace) -> dict[str, Any]:
         args.duplicates,
     )
     options.check()
+    if args.exclude is not None:
+        args.exclude.read_bytes()  # it is needed at the end of a long way
     codec, genomes = Codec(args.tokenizer), find_genomes(args.genomes)
     if (args.out / "manifest.json").is_file():
         finished = Dataset(args.out)
@@ -99,11 +101,17 @@ def _shard(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.out}: {bases:,} bases, {sum(result['tokens'].values()):,} tokens, "
         f"{sum(result['sequences'].values()):,} sequences in {seconds:.1f} s ({bases / seconds / 1e6:.2f} Mb/s)"
     )
-    if any(gone := result.get("duplicates", {}).values()) or result.get("excluded"):
-        log(f"{args.out}: removed {sum(gone):,} duplicate sequences and {result['excluded']:,} excluded ones")
+    if args.num_tasks is None:
+        log(f"{args.out}: {removed(result)}")
     if args.num_tasks is not None:
         log(f"when all {args.num_tasks} tasks are done: python -m data_prep finalize {args.out}")
     return {**result, "units": len(units), "seconds": round(seconds, 3), "bases_per_second": round(bases / seconds)}
+
+
+def removed(result: dict[str, Any]) -> str:
+    """What a summary says about sequences that were taken out."""
+    exact, near = result["duplicates"]["exact"], result["duplicates"]["near"]
+    return f"{exact:,} exact duplicates, {near:,} near-duplicates and {result['excluded']:,} excluded sequences were removed"
 
 
 def check_task(args: argparse.Namespace) -> None:
@@ -117,10 +125,13 @@ def check_task(args: argparse.Namespace) -> None:
 def run_finalize(args: argparse.Namespace) -> dict[str, Any]:
     """Merge what the tasks left, remove duplicates, commit the manifest; or do a task's part of the search for them."""
     check_task(args)
+    if args.exclude is not None and args.num_tasks is not None:
+        raise InputError("--exclude: without --num-tasks and --task; a task removes nothing")
     with writing(args.dataset):
         if args.num_tasks is not None:
             return prepare_removal(args.dataset, args.num_tasks, args.task)
         result = summary(finalize(args.dataset, args.exclude))
+    log(f"{args.dataset}: {sum(result['sequences'].values()):,} sequences; {removed(result)}")
     log(f"{args.dataset}: whole, manifest sha256 {result['manifest_sha256']}")
     return result
 
@@ -212,7 +223,8 @@ def _number(verb: argparse.ArgumentParser, flag: str, default: int | None, text:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own without `argv`) and return the exit status."""
-    return main(build_parser(), argv)
+    with stoppable():
+        return main(build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     hours = {str(nodes): CORPUS_BASES / (core_rate * NODE_CORES * nodes) / 3600 for nodes in (1, 100)}
     log(
         f"at {core_rate / 1e6:.2f} Mb/s a core, {CORPUS_BASES / 1e9:.1f} Gb take {hours['1']:.2f} h on 1 node "
-        f"of {NODE_CORES} cores and {hours['100']:.4f} h on 100, if it scales linearly"
+        f"of {NODE_CORES} cores and {60 * hours['100']:.1f} min on 100, if it scales linearly"
     )
     return {"ratio": runs[-1]["ratio"], "runs": runs, "hours_for_corpus": hours, "node_cores": NODE_CORES}
 
@@ -111,7 +111,10 @@ def _compare(
                 started = time.monotonic()
                 barrier.wait()
                 times[what].append(time.monotonic() - started)
-            log(f"{processes} processes, turn {turn}: " + ", ".join(f"{what} {times[what][-1]:.2f} s" for what in times))
+            log(
+                f"{processes} processes, {f'turn {turn}' if turn else 'not counted'}: "
+                + ", ".join(f"{what} {times[what][-1]:.2f} s" for what in times)
+            )
             barrier.wait()
     except BrokenBarrierError:
         raise RuntimeError("a process failed; its error stands above") from None

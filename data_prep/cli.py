@@ -10,8 +10,10 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +64,24 @@ def progress(items: Iterable[Item], *, total: int | None, unit: str, every_secon
             last = time.monotonic()
             log(f"{done}/{total if total is not None else '?'} {unit} in {last - started:.0f} s")
         yield item
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn SIGTERM and SIGUSR1, with which Slurm announces the end, into StopRequested. In the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise StopRequested(f"{signal.Signals(number).name}: what is done stays done")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -125,6 +125,12 @@ class ShardWriter:
 
     def close(self) -> np.void | None:
         """Commit the shard: its row of shards.npy, or None (and no file) when it holds no sequence."""
+        row = self.seal()
+        self.publish()
+        return row
+
+    def seal(self) -> np.void | None:
+        """Make the shard durable under its temporary name; what `close` returns."""
         if self._parts:
             self._write_block()
         self._tar.close()
@@ -141,9 +147,7 @@ class ShardWriter:
         total = self._file.tell()
         os.fsync(self._file.fileno())
         self._file.close()
-        index_bytes = npy_bytes(index)
-        write_atomically(self.directory / f"{self.shard:06d}.index.npy", index_bytes)
-        os.replace(self._partial, self.path)
+        self._index = index_bytes = npy_bytes(index)
         table = np.zeros(1, dtype=SHARD_ROW)
         row: np.void = table[0]
         row["shard"], row["species"], row["bytes"], row["blocks"] = self.shard, self.species, total, len(index)
@@ -152,8 +156,15 @@ class ShardWriter:
         row["index_sha256"] = np.frombuffer(hashlib.sha256(index_bytes).digest(), np.uint8)
         return row
 
+    def publish(self) -> None:
+        """Give a sealed shard its name."""
+        if self._rows:
+            write_atomically(self.directory / f"{self.shard:06d}.index.npy", self._index)
+            os.replace(self._partial, self.path)
+
     def abort(self) -> None:
         """Leave nothing behind."""
+        self._tar.tarstream.closed = True  # or it would write to the closed file when it is collected
         self._partial.unlink(missing_ok=True)
         with suppress(OSError):  # a full disk has no room for what is still buffered
             self._file.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, npy_bytes
 from data_prep.pack import DROPPED
 from data_prep.plan import Plan, load_plan, work
-from data_prep.removal import begin, remove
+from data_prep.removal import begin, built_markers, remove
 from data_prep.shard import read_marker, shard_rows
 from data_prep.storage import file_sha256
 
@@ -30,35 +32,51 @@ def finalize(dataset: Path, exclude: Path | None = None) -> Dataset:
     Running it again goes on, or opens the dataset if it is finished; InputError if that was done without this list.
     """
     if not (dataset / "manifest.json").is_file():
-        _commit(dataset, exclude)
+        with _alone(dataset):
+            _commit(dataset, exclude)
     finished = Dataset(dataset)
+    if missing := [key for key in ("duplicates", "excluded") if key not in finished.manifest]:
+        raise InputError(f"{dataset}/manifest.json: made by an earlier version (no {', '.join(missing)}); shard again")
     if exclude is not None and (finished.manifest["excluded"] or {}).get("sha256") != file_sha256(exclude):
         raise InputError(f"{dataset}: is finished, without --exclude {exclude}; shard again, with it, to another --out")
     # Left over by dead tasks or, after a crash between the manifest and here, by ourselves.
-    shutil.rmtree(work(dataset), ignore_errors=True)
-    for split in SPLITS:
-        for partial in (dataset / split).glob(".*"):
-            partial.unlink(missing_ok=True)
+    for folder in (dataset, *(dataset / split for split in SPLITS)):
+        for path in folder.glob(".*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     return finished
+
+
+@contextmanager
+def _alone(dataset: Path) -> Iterator[None]:
+    """Keep a second `finalize` of the dataset out; raise InputError for it."""
+    load_plan(dataset)  # or there is nothing to finalize
+    with (work(dataset) / "finalize.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{dataset}: another `finalize` of it is running; wait for that") from None
+        yield
 
 
 def _commit(dataset: Path, exclude: Path | None) -> None:
     plan = load_plan(dataset)
-    markers = [read_marker(dataset, unit) for unit in plan.units]
-    missing = [str(number) for number, marker in enumerate(markers) if marker is None]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise InputError(
-            f"{dataset}: {len(missing)} of {len(plan.units)} units are missing ({shown}); run "
-            f"`python -m data_prep shard --out {dataset} ...` as before: it builds what is missing"
-        )
-    write_atomically(dataset / "train" / "contigs.tsv", (work(dataset) / "contigs.tsv").read_bytes())
-    _check_unchanged(dataset, "tokenizer.json", plan.parameters["tokenizer"]["sha256"])
-    _check_unchanged(dataset, "train/contigs.tsv", plan.contigs_sha256)
+    markers = built_markers(dataset, plan)
+    for name, copy, sha256 in (
+        ("contigs.tsv", "train/contigs.tsv", plan.contigs_sha256),
+        ("tokenizer.json", "tokenizer.json", plan.parameters["tokenizer"]["sha256"]),
+    ):
+        if file_sha256(work(dataset) / name) != sha256:
+            raise InputError(
+                f"{work(dataset) / name}: was changed after the dataset was begun; remove {dataset} and shard again"
+            )
+        write_atomically(dataset / copy, (work(dataset) / name).read_bytes())
     exclusions = read_exclusions(exclude, work(dataset) / "contigs.tsv") if exclude is not None else None
     begin(dataset, exclusions.sha256 if exclusions is not None else None)
-    codec = Codec(dataset / "tokenizer.json")
-    removed = remove(dataset, plan, codec, [marker for marker in markers if marker is not None], exclusions)
+    codec = Codec(work(dataset) / "tokenizer.json")
+    removed = remove(dataset, plan, codec, markers, exclusions)
     whole = removed.markers
     splits = {split: _merge(dataset, split, whole) for split in SPLITS}
     if splits["train"]["sequences"] == 0:
@@ -82,13 +100,13 @@ def _commit(dataset: Path, exclude: Path | None) -> None:
         "excluded": {"sha256": exclusions.sha256, "sequences": removed.excluded} if exclusions is not None else None,
         "files": sums,
     }
+    for unit, marker in zip(plan.units, whole, strict=True):
+        if read_marker(dataset, unit) != marker:
+            raise InputError(
+                f"{dataset}: unit {unit.number} was changed meanwhile; is a task still running? Run finalize again"
+            )
     write_atomically(dataset / "manifest.json", dump_json(manifest))
     fsync_directory(dataset)
-
-
-def _check_unchanged(dataset: Path, file: str, sha256: str) -> None:
-    if file_sha256(dataset / file) != sha256:
-        raise InputError(f"{dataset / file}: was changed after the dataset was begun; remove {dataset} and shard again")
 
 
 def streams_of(chosen: int | None, sequences: int) -> int:

@@ -1,11 +1,12 @@
 """The plan of a dataset: its parameters, its contigs, and its units of work, fixed before the first token is made.
 
-Every task of an array makes the same plan from the same genomes (the first to finish stores it), so that what a unit
-holds never depends on the number of tasks. Until `finalize` commits the manifest, a dataset's folder holds its
-working state:
+Every task of an array that finds no plan makes one, and the first to finish stores it: the folder .work appears as a
+whole, once, and a task with other options or genomes stops. So what a unit holds never depends on the number of tasks.
+Until `finalize` commits the manifest, a dataset's folder holds its working state:
 
+    .work/plan.json            the plan
     .work/contigs.tsv          becomes train/contigs.tsv
-    .work/plan.json            written after contigs.tsv and tokenizer.json; from then on the dataset is begun
+    .work/tokenizer.json       becomes tokenizer.json
     .work/unit-000012.json     the unit's shards are whole (see shard.py)
 
 A unit is a run of consecutive regions of one file with at least `unit_bases` bases (the last of a file has what is
@@ -14,8 +15,12 @@ left).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cli import InputError, dump_json, log, progress, write_atomically
+from data_prep.cli import InputError, dump_json, fsync_directory, log, progress, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SPLITS
 from data_prep.inputs.fasta import Point
@@ -113,7 +118,7 @@ def parameters_of(options: Options, codec: Codec) -> dict[str, Any]:
             "sha256": codec.sha256,
             "vocab_size": codec.vocab_size,
             "kind": codec.kind,
-            "k": getattr(codec, "k", None),
+            "k": codec.k,
         },
     }
 
@@ -124,7 +129,8 @@ def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: O
         plan = load_plan(dataset)
         check_same(dataset, plan.parameters, plan.species, genomes, codec, options)
         return plan
-    if dataset.exists() and (not dataset.is_dir() or (any(dataset.iterdir()) and not work(dataset).is_dir())):
+    others = [path for path in dataset.iterdir() if not path.name.startswith(".work")] if dataset.is_dir() else []
+    if others or (dataset.exists() and not dataset.is_dir()):
         raise InputError(f"{dataset}: exists and is not a dataset; choose another --out or empty it")
     if len(genomes) > np.iinfo("<u2").max:
         raise InputError(f"--genomes has {len(genomes)} files; a dataset holds at most {np.iinfo('<u2').max}")
@@ -154,10 +160,31 @@ def open_plan(dataset: Path, genomes: Sequence[Genome], codec: Codec, options: O
             contigs.append(f"{len(contigs) - 1}\t{genome.name}\t{genome.file}\t{name}\t{length}\n")
     table = "".join(contigs).encode()
     plan = Plan(parameters_of(options, codec), species, units, hashlib.sha256(table).hexdigest())
-    write_atomically(work(dataset) / "contigs.tsv", table)
-    write_atomically(dataset / "tokenizer.json", codec.data)
-    write_atomically(work(dataset) / "plan.json", plan.as_json())
+    files = {"contigs.tsv": table, "tokenizer.json": codec.data, "plan.json": plan.as_json()}
+    if not _publish(dataset, files):  # another task was faster
+        stored = load_plan(dataset)
+        check_same(dataset, stored.parameters, stored.species, genomes, codec, options)
+        if stored.as_json() != plan.as_json():
+            raise InputError(f"{dataset}: another task planned it from other files of the same names; choose another --out")
     return plan
+
+
+def _publish(dataset: Path, files: dict[str, bytes]) -> bool:
+    """Make the folder .work with these files, all at once; False if it is there."""
+    dataset.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=dataset, prefix=".work."))
+    try:
+        for name, data in files.items():
+            write_atomically(partial / name, data)
+        partial.chmod(0o755)
+        os.rename(partial, work(dataset))  # fails where there is a folder that isn't empty
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    fsync_directory(dataset)
+    return True
 
 
 def scan_all(genomes: Sequence[Genome], processes: int) -> list[Scan]:
@@ -202,9 +229,13 @@ def check_same(
 
     Files are compared by name and size only, which costs nothing; their checksums are compared when they are read.
     """
-    for key, value in parameters_of(options, codec).items():
+    asked, given = parameters_of(options, codec), asdict(options)
+    if stored.get("tokenizer", {}).get("sha256") != codec.sha256:
+        raise InputError(f"{dataset}: was made with another --tokenizer than {codec.path}; choose another --out")
+    for key, value in asked.items():
         if stored.get(key) != value:
-            raise InputError(f"{dataset}: was made with {key} {stored.get(key)}, not {value}; choose another --out")
+            option = {"duplicates_removed": "--duplicates"}.get(key, f"--{key.replace('_', '-')}" if key in given else key)
+            raise InputError(f"{dataset}: was made with {option} {stored.get(key)}, not {value}; choose another --out")
     was = {row["file"]: row["file_bytes"] for row in species}
     now = {genome.file: genome.size for genome in genomes}
     for file in sorted(was.keys() | now.keys()):

@@ -1,11 +1,13 @@
 """Takes sequences out of a dataset in the making: duplicates (duplicates/search.py) and what an exclusion list names.
 
-Only the shards that lose sequences are written anew, aside in `.work/final/`, and moved over the old ones when they are
-durable. The unit's new marker, which lies there too until its shards are moved, is the journal: who finds it ends the move,
-so a kill at any instant leaves either the old unit or the new one.
+What is excluded goes first, so that nothing is a duplicate of it. Only the shards that lose sequences are written anew, aside
+in `.work/final/`, and moved over the old ones when they are durable. The unit's new marker, which lies there too until its
+shards are moved, is the journal: who finds it ends the move, so a kill at any instant leaves either the old unit or the new
+one.
 
 A reverse-complement sequence (`--strands both`) is not judged by itself, because its window is not that of a forward
-sequence: it goes with the forward sequence in which its middle base lies.
+sequence: it goes with the last forward sequence that begins at or before its middle base. That is the one around the middle,
+or, where pieces are truncated, that of the same piece.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.audit.exclusions import Exclusions
-from data_prep.cli import InputError, dump_json, fsync_directory, progress, write_atomically
+from data_prep.cli import InputError, dump_json, fsync_directory, log, progress, write_atomically
 from data_prep.codec import Codec
-from data_prep.dataset import SPLITS, Block, ShardWriter
+from data_prep.dataset import SPLITS, Block, ShardWriter, npy_bytes
+from data_prep.duplicates.partitions import SEQUENCE
 from data_prep.duplicates.search import Duplicates, find_duplicates, prepare
 from data_prep.pack import DROPPED
 from data_prep.plan import Plan, load_plan, work
-from data_prep.shard import final, marker_of, marker_path, settle, shard_rows
+from data_prep.shard import BEGUN, final, marker_of, marker_path, read_marker, settle, shard_rows
 from data_prep.unfinished import split_of_rows
 
 KEPT = 0
@@ -47,17 +50,45 @@ def remove(
     dataset: Path, plan: Plan, codec: Codec, markers: Sequence[dict[str, Any]], exclusions: Exclusions | None
 ) -> Removed:
     """Find and take out what the plan and the exclusion list ask for. Units that were done before are not done again."""
+    excluded = _excluded(dataset, plan, codec, markers, exclusions)
     kind, units = plan.parameters["duplicates_removed"], [unit.number for unit in plan.units]
-    found = find_duplicates(work(dataset), units, near=kind == "near") if kind != "none" else Duplicates.none()
-    bounds = np.searchsorted(found.unit, np.arange(len(units) + 1))
+    found = Duplicates.none()
+    if kind != "none":
+        found = find_duplicates(work(dataset), units, near=kind == "near", excluded=excluded)
+    lost = (
+        np.searchsorted(found.unit, np.arange(len(units) + 1)),
+        np.searchsorted(excluded["unit"], np.arange(len(units) + 1)),
+    )
     now = []
     for unit, marker in enumerate(progress(markers, total=len(markers), unit="units checked")):
-        mine = slice(int(bounds[unit]), int(bounds[unit + 1]))
-        if "removed" not in marker and (mine.start < mine.stop or exclusions is not None):
-            marker = _remove_from(dataset, plan, codec, marker, found, mine, exclusions)
+        mine, listed = (slice(int(bounds[unit]), int(bounds[unit + 1])) for bounds in lost)
+        if "removed" not in marker and (mine.start < mine.stop or listed.start < listed.stop):
+            marker = _remove_from(dataset, plan, codec, marker, found, mine, excluded[listed])
         now.append(marker)
-    excluded = sum(marker.get("removed", {}).get("excluded", 0) for marker in now)
-    return Removed(now, _origins(plan, found), excluded)
+    count = sum(marker.get("removed", {}).get("excluded", 0) for marker in now)
+    return Removed(now, _origins(plan, found), count)
+
+
+def _excluded(
+    dataset: Path, plan: Plan, codec: Codec, markers: Sequence[dict[str, Any]], exclusions: Exclusions | None
+) -> NDArray[np.void]:
+    """All sequences that overlap what is to be excluded, on either strand. [excluded] of SEQUENCE, sorted.
+
+    Found once, before any shard is written anew, because that changes the numbers of sequences.
+    """
+    if exclusions is None:
+        return np.empty(0, SEQUENCE)
+    path = final(dataset) / "excluded.npy"
+    if not path.is_file():
+        parts = [np.empty(0, SEQUENCE)]
+        for marker in progress(markers, total=len(markers), unit="units searched for what is excluded"):
+            for split, row in sorted(shard_rows(marker).items()):
+                contig, start, end, _ = _spans(dataset, split, row, codec).T
+                numbers = np.flatnonzero(exclusions.hit(contig, start, end))
+                parts.append(np.zeros(len(numbers), SEQUENCE))
+                parts[-1]["unit"], parts[-1]["split"], parts[-1]["number"] = marker["unit"], SPLITS.index(split), numbers
+        write_atomically(path, npy_bytes(np.concatenate(parts)))
+    return np.load(path, allow_pickle=False)
 
 
 def _remove_from(
@@ -67,7 +98,7 @@ def _remove_from(
     marker: dict[str, Any],
     found: Duplicates,
     mine: slice,
-    exclusions: Exclusions | None,
+    excluded: NDArray[np.void],
 ) -> dict[str, Any]:
     """Take the sequences of one unit out; return its new marker, or the old one if it loses nothing."""
     old = shard_rows(marker)
@@ -76,7 +107,8 @@ def _remove_from(
         duplicate = np.zeros(int(row["sequences"]), dtype=np.uint8)
         in_split = found.split[mine] == SPLITS.index(split)
         duplicate[found.number[mine][in_split]] = OF_REASON[found.reason[mine][in_split]]
-        reasons[split], bases = _judge(_spans(dataset, split, row, codec), duplicate, exclusions)
+        listed = excluded["number"][excluded["split"] == SPLITS.index(split)]
+        reasons[split], bases = _judge(_spans(dataset, split, row, codec), duplicate, listed)
         losses.update(bases)
     removed = {DROPPED[reason]: sum(int((each == reason).sum()) for each in reasons.values()) for reason in OF_REASON[1:]}
     removed["excluded"] = sum(int((each == EXCLUDED).sum()) for each in reasons.values())
@@ -106,22 +138,24 @@ def _spans(dataset: Path, split: str, row: np.void, codec: Codec) -> NDArray[np.
 
 
 def _judge(
-    spans: NDArray[np.int64], reasons: NDArray[np.uint8], exclusions: Exclusions | None
+    spans: NDArray[np.int64], reasons: NDArray[np.uint8], excluded: NDArray[np.uint32]
 ) -> tuple[NDArray[np.uint8], dict[str, int]]:
-    """Complete `reasons` [sequences], which has the duplicates; also return the bases lost on the forward strand."""
+    """Complete `reasons` [sequences], which has the forward duplicates; `excluded` are numbers of sequences.
+
+    Also returns the bases lost on the forward strand, by reason.
+    """
     contig, start, end, strand = spans.T
     forward = strand > 0
-    lost = np.flatnonzero(forward & (reasons != KEPT))
-    if len(lost) and not forward.all():  # those that lie in what was lost, by contig and place
+    if not forward.all():
         first = contig.min()
         place, middle = (contig - first << 40) + start, (contig - first << 40) + (start + end) // 2
-        lost = lost[np.argsort(place[lost])]
-        nearest = np.searchsorted(place[lost], middle, side="right") - 1  # the last that begins at or before the middle
-        holder = lost[np.maximum(nearest, 0)]
-        inside = ~forward & (nearest >= 0) & (contig[holder] == contig) & ((start + end) // 2 < end[holder])
+        holders = np.flatnonzero(forward)
+        holders = holders[np.argsort(place[holders])]
+        nearest = np.searchsorted(place[holders], middle, side="right") - 1
+        holder = holders[np.maximum(nearest, 0)]
+        inside = ~forward & (nearest >= 0) & (contig[holder] == contig)
         reasons[inside] = reasons[holder[inside]]
-    if exclusions is not None:
-        reasons[(reasons == KEPT) & exclusions.hit(contig, start, end)] = EXCLUDED
+    reasons[excluded] = EXCLUDED
     bases = {
         DROPPED[reason]: int((end - start)[forward & (reasons == reason)].sum())
         for reason in (DUPLICATE, NEAR_DUPLICATE, EXCLUDED)
@@ -168,16 +202,37 @@ def _count(columns: NDArray[np.int64]) -> tuple[list[list[int]], list[int]]:
 
 def prepare_removal(dataset: Path, num_tasks: int, task: int) -> dict[str, Any]:
     """One task's share of the search for duplicates, which `remove` then finds done."""
+    if (dataset / "manifest.json").is_file():
+        log(f"{dataset}: is whole; nothing to do")
+        return {"task": task, "num_tasks": num_tasks}
     plan = load_plan(dataset)
+    built_markers(dataset, plan)
     if plan.parameters["duplicates_removed"] == "near":
         prepare(work(dataset), [unit.number for unit in plan.units], num_tasks, task)
+    else:
+        log(f"{dataset}: only near-duplicates take a search to share; nothing to do")
     return {"task": task, "num_tasks": num_tasks}
+
+
+def built_markers(dataset: Path, plan: Plan) -> list[dict[str, Any]]:
+    """The markers of all units. Raises InputError naming the units that are missing."""
+    markers = [read_marker(dataset, unit) for unit in plan.units]
+    missing = [str(number) for number, marker in enumerate(markers) if marker is None]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"{dataset}: {len(missing)} of {len(plan.units)} units are missing ({shown}); run "
+            f"`python -m data_prep shard --out {dataset} ...` as before: it builds what is missing"
+        )
+    return [marker for marker in markers if marker is not None]
 
 
 def begin(dataset: Path, exclude_sha256: str | None) -> None:
     """Remember with which exclusion list removal began; raise InputError if it began with another one."""
-    path, asked = final(dataset) / "begun.json", dump_json({"exclude_sha256": exclude_sha256})
+    path, asked = final(dataset) / BEGUN, dump_json({"exclude_sha256": exclude_sha256})
     if path.is_file() and path.read_bytes() != asked:
-        raise InputError(f"{dataset}: `finalize` was begun with another --exclude; give that one, or shard to another --out")
+        raise InputError(
+            f"{dataset}: `finalize` was begun with another --exclude, or without; give the same, or shard to another --out"
+        )
     if not path.is_file():
         write_atomically(path, asked)

@@ -1,9 +1,10 @@
 """Builds the units of a dataset: streams a genome, splits its regions between train and valid, writes their shards.
 
 A unit is done when its marker `.work/unit-<number>.json` exists. It is written, atomically, after the unit's shards and
-the sketches of their sequences (duplicates/sketch.py) are durable under their final names; what dies before leaves
-partial files that nothing reads, and the unit is built again, to the same bytes. Two tasks that build one unit at once
-do no harm for the same reason: each writes under names of its own.
+the sketches of their sequences (duplicates/sketch.py) are durable under their final names, and the text that they were
+made of was compared with that of the plan (inputs/segments.py); what dies before leaves files that nothing reads, and the
+unit is built again, to the same bytes. Two tasks that build one unit at once do no harm for the same reason: each writes
+under names of its own, until `finalize` begins.
 
 A task gets a run of neighbouring units, because gzip other than bgzip can't be read from the middle (inputs/segments.py).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,11 +25,14 @@ from data_prep.cli import InputError, dump_json, fsync_directory, progress, writ
 from data_prep.codec import Codec
 from data_prep.dataset import SHARD_ROW, SPLITS, ShardWriter
 from data_prep.duplicates.sketch import Sketcher
+from data_prep.inputs.fasta import BEGIN, Point
 from data_prep.inputs.genomes import read_regions
 from data_prep.inputs.segments import segment_around
 from data_prep.pack import Packed, Packer
 from data_prep.plan import Plan, Unit, split_of, work
 from data_prep.processes import run_in_processes
+
+BEGUN = "begun.json"  # in the folder `final`: finalize has begun, so every unit was built
 
 
 def build(
@@ -124,8 +129,14 @@ def _build_files(dataset: Path, genomes: Path, plan: Plan, codec: Codec, units: 
     """Build units, which are sorted, reading each of their files once; yield their markers."""
     for species, group in groupby(units, key=lambda unit: unit.species):
         row, mine = plan.species[species], list(group)
-        segment = segment_around(row["points"], mine[0].begin, mine[-1].end)
-        regions = read_regions(genomes / row["file"], row["region_bases"], segment=segment)
+        confirmed: list[Point] = [BEGIN]
+        regions = read_regions(
+            genomes / row["file"],
+            row["region_bases"],
+            segment=segment_around(row["points"], mine[0].begin, mine[-1].end),
+            confirm=confirmed.append,
+        )
+        waiting = deque[tuple[Unit, dict[str, Any]]]()  # for the text that they were made of to be confirmed
         for unit in mine:
             builder = _UnitBuilder(dataset, plan, codec, unit)
             try:
@@ -137,19 +148,19 @@ def _build_files(dataset: Path, genomes: Path, plan: Plan, codec: Codec, units: 
                     position += 1
                     if position == unit.first_region + unit.regions:
                         break
-                if unit is mine[-1]:
-                    for _ in regions:  # at its end a segment tells whether the text was that of the plan
-                        pass
                 if builder.packer.tally.total != unit.bases:
                     raise InputError(f"{genomes / row['file']}: has changed since it was scanned; choose another --out")
-                marker = builder.close()
-            except BaseException as error:
+                if unit is mine[-1]:
+                    for _ in regions:  # on to the next point
+                        pass
+                waiting.append((unit, builder.close()))
+            except BaseException:
                 builder.abort()
-                if isinstance(error, InputError):  # what was read of this file can't be trusted
-                    for done in mine:
-                        marker_path(dataset, done.number).unlink(missing_ok=True)
                 raise
-            yield marker
+            while waiting and waiting[0][0].end <= (confirmed[-1].record, confirmed[-1].start):
+                done, marker = waiting.popleft()
+                write_atomically(marker_path(dataset, done.number), dump_json(marker))
+                yield marker
 
 
 class _UnitBuilder:
@@ -182,16 +193,23 @@ class _UnitBuilder:
         self._sequences[split] += len(packed.lengths)
 
     def close(self) -> dict[str, Any]:
-        """Make the shards durable, then the marker; return the marker."""
+        """Make the shards durable, and return the unit's marker, which is to be written when the text is known to be right.
+
+        A task that was long asleep may find its unit built, and sequences of it removed: then its own work is dropped.
+        """
         self.packer.flush()
-        rows = {split: writer.close() for split, writer in self._writers.items()}
-        for split in SPLITS:
+        rows = {split: writer.seal() for split, writer in self._writers.items()}
+        if (self.dataset / "manifest.json").is_file() or (final(self.dataset) / BEGUN).is_file():
+            raise InputError(
+                f"{self.dataset}: `finalize` began before unit {self.unit.number} was built; run it again, and if it asks "
+                f"for that unit, remove {self.dataset} and shard again"
+            )
+        for split, writer in self._writers.items():
+            writer.publish()
             fsync_directory(self.dataset / split)
         if self._sketcher is not None:
             self._sketcher.write(work(self.dataset), self.unit.number)
-        marker = marker_of(self.unit.number, self.unit.species, self.packer.tally.as_json(), rows)
-        write_atomically(marker_path(self.dataset, self.unit.number), dump_json(marker))
-        return marker
+        return marker_of(self.unit.number, self.unit.species, self.packer.tally.as_json(), rows)
 
     def abort(self) -> None:
         """Leave nothing half-written behind."""

@@ -19,7 +19,7 @@ class Unfinished:
     def __init__(self, path: Path) -> None:
         self.path, plan = path, load_plan(path)
         self.manifest: dict[str, Any] = {**plan.parameters, "species": plan.species}
-        self.tokenizer_path, self.contigs_path = path / "tokenizer.json", work(path) / "contigs.tsv"
+        self.tokenizer_path, self.contigs_path = work(path) / "tokenizer.json", work(path) / "contigs.tsv"
         markers = [marker for unit in plan.units if (marker := read_marker(path, unit)) is not None]
         self.units, self.units_planned = len(markers), len(plan.units)
         rows = [shard_rows(marker) for marker in markers]

@@ -158,7 +158,10 @@ def _data_preparation(pipeline: Pipeline, folder: Path, out: Path, dataset: Path
     yield Stage("shard", "data_prep", arguments, dataset, whole, sharding, ("processes",), array=pipeline.shard.array)
     excluded = {}
     if pipeline.shard.exclude is not None:
-        excluded["exclude"] = str(_absolute(folder, pipeline.shard.exclude))
+        listed = _absolute(folder, pipeline.shard.exclude)
+        if not listed.is_file():
+            raise InputError(f"{listed}: no such file; shard.exclude is a list of `python -m data_prep audit --exclusions`")
+        excluded["exclude"] = str(listed)
     yield Stage("finalize", "data_prep", ["finalize", str(dataset), *_flags(excluded)], dataset, whole, excluded)
 
 

@@ -2,8 +2,9 @@
 
 A sequence of an evaluation set that shares an exact stretch of N bases (either strand) with the training data may have been
 learned by heart. `audit` counts such sequences of each set, tells which species have them, and with `--exclusions` writes
-the stretches of the genomes that they match (see exclusions.py): a dataset made without those has no match left. It reads
-datasets before `finalize` as well as after. The search itself is in matches.py.
+the stretches of the genomes that they match (see exclusions.py, also for which datasets such a list holds): finalized
+without those, this dataset has no match left. It reads datasets before `finalize` as well as after. The search itself is in
+matches.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data_prep.audit.exclusions import Stretches, merge, write_exclusions
 from data_prep.audit.matches import MAXIMUM_SETS, Number, ShardMatches, Windows, distinct, search_shard
 from data_prep.cli import InputError, add_verb, log, progress, write_atomically
 from data_prep.codec import Codec
-from data_prep.dataset import SPLITS, Split
+from data_prep.dataset import SPLITS, Dataset, Split
 from data_prep.kmers import WORD_BASES
 from data_prep.unfinished import Unfinished, open_dataset
 
@@ -99,6 +100,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if result["units_missing"]:
         log(f"{args.dataset}: {result['units_missing']} units are not built yet, and are not in these counts")
     if args.exclusions is not None:
+        if isinstance(dataset, Dataset) and (gone := _not_searched(dataset.manifest)):
+            log(
+                f"warning: {args.exclusions}: holds for the sequences of {args.dataset} only, which were made without "
+                f"{gone}; for other datasets of these genomes audit one before `finalize`, with their packing"
+            )
         write_exclusions(args.exclusions, stretches, dataset.contigs_path, names)
         log(f"{args.exclusions}: {result['stretches']:,} stretches, {result['stretch_bases']:,} bases")
     text = report(result)
@@ -107,6 +113,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seconds, speed = time.monotonic() - started, found.bases / searched
     log(f"{text}\n{found.bases:,} bases searched in {searched:.1f} s ({speed / 1e6:.1f} Mb/s), all in {seconds:.1f} s")
     return {**result, "seconds": round(seconds, 3), "bases_per_second": round(speed)}
+
+
+def _not_searched(manifest: dict[str, Any]) -> str:
+    """What of the genomes a finished dataset's sequences lack, although another dataset may have it; or nothing."""
+    removed = manifest.get("duplicates", {})
+    many = removed.get("exact", 0) + removed.get("near", 0)
+    parts = [f"{many:,} duplicates"] if many and manifest.get("duplicates_removed") != "none" else []
+    parts += ["what `--packing paper` truncated"] if manifest.get("packing") == "paper" else []
+    return " and ".join(parts)
 
 
 def search(split: Split, codec: Codec, windows: Windows, processes: int) -> Iterator[ShardMatches]:

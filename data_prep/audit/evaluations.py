@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from data_prep.audit.matches import Texts
 from data_prep.cli import InputError, log
 
 PARTS = ("train", "dev", "test")
-_DNA = re.compile(r"[ACGTNacgtn]{8,}")
+USUAL = ["sequence"]  # names of the columns that need no mention
+ROWS_TO_CHOOSE = 100  # by which columns are chosen
+_DNA = re.compile(r"[ACGTRYSWKMBDHVN]{8,}", re.IGNORECASE | re.ASCII)  # with the codes of IUPAC
+_BASES = re.compile(r"[ACGTN]", re.IGNORECASE | re.ASCII)
 _BETWEEN_CUTS = re.compile(rb"[ACGT]+")
 
 
@@ -49,24 +53,28 @@ def read_evaluations(root: Path, parts: Sequence[str]) -> Iterator[Evaluation]:
 
 
 def read_evaluation(path: Path, name: str, part: str) -> Evaluation:
-    """Read one CSV file: every column whose first value is 8 letters or more of A, C, G, T and N, of any case.
+    """Read one CSV file: every column that has DNA (see `_is_dna`) in any of the first 100 rows.
 
-    So `sequence` of GUE, and both sequences of its pairs, whatever their columns are called.
+    So `sequence` of GUE, and both sequences of its pairs, whatever their columns are called; columns of other names than
+    `sequence` are logged.
     """
     stretches, owner, sequences, bases = list[bytes](), list[int](), 0, 0
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
-            next(reader, None)
-            columns: list[int] | None = None
-            for row in filter(None, reader):
-                if columns is None:
-                    columns = [number for number, value in enumerate(row) if _DNA.fullmatch(value.strip())]
-                    if not columns:
-                        raise InputError(f"{path}, line {reader.line_num}: no column has a sequence of A, C, G, T and N")
+            header = next(reader, [])
+            rows = ((reader.line_num, row) for row in reader if row)
+            first = list(islice(rows, ROWS_TO_CHOOSE))
+            columns = sorted({column for _, row in first for column, value in enumerate(row) if _is_dna(value.strip())})
+            if first and not columns:
+                raise InputError(f"{path}: no column has a sequence of DNA in its first {len(first)} rows")
+            names = [header[column].strip() if column < len(header) else f"number {column + 1}" for column in columns]
+            if names != USUAL:
+                log(f"{path}: searched for its columns {', '.join(names)}")
+            for line, row in chain(first, rows):
                 for column in columns:
                     if column >= len(row):
-                        raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields; the first row has more")
+                        raise InputError(f"{path}, line {line}: {len(row)} fields; other rows have more")
                     text = row[column].strip().upper().encode("ascii", "replace")
                     found = _BETWEEN_CUTS.findall(text)
                     stretches += found
@@ -78,3 +86,8 @@ def read_evaluation(path: Path, name: str, part: str) -> Evaluation:
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not a text file in UTF-8 ({error.reason}); write it again") from None
     return Evaluation(name, part, sequences, bases, Texts.of(stretches), np.array(owner, dtype=np.int64))
+
+
+def _is_dna(text: str) -> bool:
+    """8 letters or more, all of them bases or codes of IUPAC, and half of them A, C, G, T or N: "backwards" is a word."""
+    return bool(_DNA.fullmatch(text)) and 2 * len(_BASES.findall(text)) >= len(text)

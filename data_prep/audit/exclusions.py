@@ -1,11 +1,15 @@
-"""Lists of genome stretches that training must not see, by what they are in the genomes, not in one dataset.
+"""Lists of genome stretches that training must not see, by their places in the genomes, not in one dataset.
 
     file<TAB>record<TAB>contig<TAB>length<TAB>start<TAB>end<TAB>against
 
 One line a stretch: the FASTA file as in contigs.tsv, the record's number in it (from 0), the record's name and its length in
-bases, the stretch (0-based, half-open), and the evaluation sets it was found in. `audit` writes such a list; since it names
-no sequence and no token, it holds for every dataset of the same genomes, whatever its tokenizer or sequence length. Lines
-are sorted, stretches of one record neither overlap nor touch, and equal findings give equal bytes.
+bases, the stretch (0-based, half-open), and the evaluation sets it was found in. Lines are sorted, stretches of one record
+neither overlap nor touch, and equal findings give equal bytes.
+
+A list names no sequence and no token, so it can be given to any dataset of the same genomes. But `audit` finds only what
+stands in the sequences of the dataset it searched: not what `finalize` had removed from that as a duplicate, nor what
+`--packing paper` truncated, nor short tails. Other datasets may have matches there that the list lacks: audit before
+`finalize`, with the packing and the splits of the dataset that the list is for.
 """
 
 from __future__ import annotations
@@ -119,8 +123,9 @@ class Exclusions:
 def read_exclusions(path: Path, contigs_path: Path) -> Exclusions:
     """Read a list and place it in the dataset that has this contigs.tsv.
 
-    Files that the dataset doesn't have are counted and logged. Raises InputError naming the line where the list is damaged,
-    or where a file that the dataset has is not the one that the list was made from (another record name or length).
+    Files that the dataset doesn't have are counted and logged. Raises InputError when it has none of them, or naming the
+    line where the list is damaged, or where a record of a file that the dataset has goes by another name or length than in
+    the list. Bases are not compared: a genome that changed, but for names and lengths, goes unnoticed.
     Memory: some 500 bytes a line of the list, whatever the size of contigs.tsv.
     """
     data = path.read_bytes()
@@ -142,6 +147,11 @@ def read_exclusions(path: Path, contigs_path: Path) -> Exclusions:
                 "genomes again"
             )
     unknown = wanted.keys() - known
+    if unknown and not known:
+        raise InputError(
+            f"{path}: none of its {len(unknown)} files, such as {min(unknown)}, is in {contigs_path}; give a list "
+            "that `audit` made of these genomes"
+        )
     if unknown:
         log(f"{path}: {len(unknown)} of its {len(wanted)} files are not in this dataset, such as {min(unknown)}")
     contig, start, end = np.array(found, dtype=np.int64).reshape(-1, 3).T

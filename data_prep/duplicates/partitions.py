@@ -21,6 +21,7 @@ from data_prep.cli import InputError, write_atomically
 from data_prep.dataset import npy_bytes
 from data_prep.duplicates.sketch import HASH_BITS, ROW_BITS, SEQUENCE_ROW, VALID, hashes_path, sequences_path
 
+SEQUENCE = np.dtype([("unit", "<u4"), ("split", "u1"), ("number", "<u4")])  # one of the dataset; split: index in SPLITS
 PARTITION_BYTES = 64 << 20  # of keys sorted at a time
 REMEDY = "remove the .json of its number beside it and run the same `python -m data_prep shard` again"
 
@@ -69,6 +70,16 @@ class Sketches:
                 values[first : first + len(part)] = part[name]
         return values
 
+    def marked(self, which: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Whether each sequence, by rank, is in `which` (SEQUENCE). [sequences]"""
+        found, keys = np.zeros(self.sequences, dtype=np.bool_), _numbers(which)
+        for place, unit in enumerate(self.units):
+            rows, (valid, _) = self.rows(place), self._counts[:, place]
+            mine = np.isin(_numbers(rows), keys[which["unit"] == unit])
+            for part, first in ((mine[:valid], self._first[0, place]), (mine[valid:], self._first[1, place])):
+                found[first : first + len(part)] = part
+        return found
+
     def unit_of(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place in `units` of the sequences of these ranks."""
         first = self._first.ravel()
@@ -108,6 +119,11 @@ class Sketches:
         keys = _mapped(self.path(partition), np.dtype("<u8"), "remove it and run the same again")
         bits = np.uint64(self.rank_bits)
         return keys >> bits, (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+def _numbers(sequences: NDArray[np.void]) -> NDArray[np.int64]:
+    """Split and number of sequences of one unit in one number."""
+    return (sequences["split"].astype(np.int64) << 32) + sequences["number"]
 
 
 def _mapped(path: Path, dtype: np.dtype, remedy: str = REMEDY) -> NDArray:

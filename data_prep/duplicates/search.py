@@ -27,7 +27,7 @@ from data_prep.duplicates.partitions import PARTITION_BYTES, Sketches
 CONTAINMENT = 0.8
 BASES_A_HASH = 64  # at most, five times the usual, to judge a sequence by its sketch: repeats of short words have more
 EXACT, NEAR = 1, 2  # reasons
-KEPT, OPEN = 0, 3  # other states of a sequence
+KEPT, OPEN, EXCLUDED = 0, 3, 4  # other states of a sequence
 VOTES = 8  # hashes of a near-duplicate that decide where it was kept
 
 
@@ -64,6 +64,7 @@ def find_duplicates(
     units: Sequence[int],
     *,
     near: bool,
+    excluded: NDArray[np.void] | None = None,
     containment: float = CONTAINMENT,
     partition_bytes: int = PARTITION_BYTES,
 ) -> Duplicates:
@@ -71,12 +72,15 @@ def find_duplicates(
 
     Args:
         near: also near-duplicates, not only exact ones.
+        excluded: sequences that are not kept whatever this finds, and so make no other a duplicate. [excluded] of SEQUENCE
         containment: share of a sequence's sketch that makes it a near-duplicate; above 0.
         partition_bytes: of sketches held in memory at a time. The result does not depend on it.
     """
     sketches = Sketches(work, units, partition_bytes)
     state = np.zeros(sketches.sequences, dtype=np.uint8)
-    exact, original = _exact(sketches.column("exact"), sketches.partitions)
+    if excluded is not None:
+        state[sketches.marked(excluded)] = EXCLUDED
+    exact, original = _exact(sketches.column("exact"), state == KEPT, sketches.partitions)
     state[exact] = EXACT
     dropped, kept = [exact], [sketches.unit_of(original)]
     if near:
@@ -90,12 +94,14 @@ def find_duplicates(
     return _table(sketches, state, np.concatenate(dropped), np.concatenate(kept))
 
 
-def _exact(hashes: NDArray[np.uint64], partitions: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ranks of sequences whose hash one before them has, and the lowest rank that has it. `hashes` [sequences]"""
+def _exact(
+    hashes: NDArray[np.uint64], wanted: NDArray[np.bool_], partitions: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ranks of `wanted` sequences whose hash one before them has, and the lowest rank that has it. Both [sequences]"""
     again, first = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for partition in range(partitions):
         low, high = ((bound << 64) // partitions for bound in (partition, partition + 1))
-        ranks = np.flatnonzero((hashes >= np.uint64(low)) & (hashes <= np.uint64(high - 1)))
+        ranks = np.flatnonzero((hashes >= np.uint64(low)) & (hashes <= np.uint64(high - 1)) & wanted)
         ranks = ranks[np.argsort(hashes[ranks], kind="stable")]
         group = _group(hashes[ranks])
         lowest = ranks[_first(group)[group]]  # the first of each group
@@ -105,7 +111,7 @@ def _exact(hashes: NDArray[np.uint64], partitions: int) -> tuple[NDArray[np.int6
 
 
 def _decide(sketches: Sketches, state: NDArray[np.uint8], containment: float, memory: int) -> None:
-    """Set every `state` [sequences] that is not EXACT to KEPT or NEAR; `memory` hashes may be held."""
+    """Set every `state` [sequences] that is KEPT to KEPT or NEAR; `memory` hashes may be held."""
     size = sketches.column("hashes")
     need = np.ceil(size * np.float32(containment) - np.float32(1e-4)).astype(np.uint32)  # 0.8 * 5 is 4, however rounded
     state[(state == KEPT) & (size > 0) & (sketches.column("bases") <= size * np.uint32(BASES_A_HASH))] = OPEN
@@ -120,7 +126,7 @@ def _decide(sketches: Sketches, state: NDArray[np.uint8], containment: float, me
         state[still & (possible < need)] = KEPT
         state[still & (certain >= need)] = NEAR
         still = state == OPEN
-        log(f"near-duplicates: {np.count_nonzero(still):,} of {len(state):,} sequences undecided")
+        log(f"near-duplicates: {np.count_nonzero(still):,} of {len(state):,} sequences left to decide")
         if need[still].sum(dtype=np.int64) <= memory * containment:  # about all hashes of those sequences
             _decide_in_order(sketches, state, need)
 

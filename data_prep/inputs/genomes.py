@@ -8,7 +8,7 @@ have a `train.csv` each. Files are taken in the order of their relative paths, s
 contigs depend on the folder's contents only.
 
 Nothing that looks like a genome is left out in silence: what can't be read is an error, what must not be read (CSV files
-for evaluation, a file that is reached twice) is logged. Hidden files and folders do not count.
+for evaluation, an unfinished download, a file that is reached twice) is logged. Hidden files and folders do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from pathlib import Path
@@ -29,6 +29,7 @@ from data_prep.inputs.fasta import CHUNK_BYTES, Digest, Piece, Point, read_fasta
 from data_prep.inputs.segments import read_segment
 
 SUFFIXES = (".fa", ".fasta", ".fna", ".csv")
+PARTIAL = ".partial"  # what `fetch` adds to the name of a download that is not complete
 REGION_BASES = 1_000_000
 _NAME = re.compile(r"(.*)(?:\.fa|\.fasta|\.fna|(\.csv))(?:\.gz|(\.(?:bz2|lz4|xz|zip|zst)))?", re.IGNORECASE | re.DOTALL)
 # A word in the name of a CSV file or of a folder above it.
@@ -80,9 +81,13 @@ def find_genomes(root: Path) -> list[Genome]:
     if not root.is_dir():
         raise InputError(f"{root}: not a folder; --genomes takes one with FASTA files in it")
     found: list[_File] = []
+    partial: list[str] = []
     for file in _files(root):
         if not file.isprintable():
             raise InputError(f"{file!r} in {root}: control characters in a file name; rename it")
+        if file.endswith(PARTIAL):
+            partial.append(file)
+            continue
         match = _NAME.fullmatch(file)
         assert match  # or _files would not have found it
         stem, table, packed = match.groups()
@@ -91,6 +96,10 @@ def find_genomes(root: Path) -> list[Genome]:
         if not (root / file).is_file():
             raise InputError(f"{root / file}: no file (a link to nothing, or a pipe); mend or remove it")
         found.append(_File(file, stem, table is not None))
+    if partial:
+        # No error: a `fetch` of more genomes than are wanted here may be running.
+        few = _few(sorted(partial))
+        log(f"{root}: left out {len(partial)} unfinished downloads: {few}; `fetch`, run again, completes them")
     found = _without_evaluation(root, sorted(found))
     if not found:
         raise InputError(f"{root}: no FASTA file ({', '.join(SUFFIXES)}, each also with .gz) to read in it or its folders")
@@ -127,7 +136,7 @@ def _files(root: Path) -> Iterator[str]:
                 for entry in entries:
                     linked = entry.is_symlink()
                     folder = os.path.isdir(entry) if linked else entry.is_dir()
-                    if not entry.name.startswith(".") and (folder or _NAME.fullmatch(entry.name)):
+                    if not entry.name.startswith(".") and (folder or _NAME.fullmatch(entry.name.removesuffix(PARTIAL))):
                         inner = f"{place}/{entry.name}" if place else entry.name
                         if linked:
                             heappush(links, inner)
@@ -146,9 +155,13 @@ def _without_evaluation(root: Path, found: list[_File]) -> list[_File]:
         or (file.path not in evaluation and (os.path.dirname(file.path) not in beside or _is_training(file.stem)))
     ]
     if left_out := sorted({file.path for file in found}.difference(file.path for file in kept)):
-        few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        few = _few(left_out)
         log(f"{root}: left out {len(left_out)} CSV files, by their names for evaluation or not for training: {few}")
     return kept
+
+
+def _few(files: Sequence[str]) -> str:
+    return ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
 
 
 def _is_training(stem: str) -> bool:
@@ -188,16 +201,18 @@ def read_regions(
     *,
     digest: Digest | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-    segment: tuple[Point, Point] | None = None,
+    segment: Sequence[Point] | None = None,
+    confirm: Callable[[Point], None] | None = None,
 ) -> Iterator[Region]:
     """Yield the regions of a file in order, each whole; memory is one region and one chunk.
 
-    Of a segment between two points (segments.py), those that begin in it; only the last one may not be whole.
+    Of a segment (points of segments.py, which also says what `confirm` is for), those that begin in it; only the last one
+    may not be whole.
     """
     if segment is None:
         pieces = read_pieces(path, digest=digest, chunk_bytes=chunk_bytes)
     else:
-        pieces = read_segment(path, *segment, chunk_bytes=chunk_bytes)
+        pieces = read_segment(path, *segment, chunk_bytes=chunk_bytes, confirm=confirm)
     parts: list[bytes] = []
     record, name, start, size = -1, "", 0, 0  # of the region being filled
     for piece in pieces:

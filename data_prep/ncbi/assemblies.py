@@ -11,8 +11,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from data_prep.cli import InputError
+from data_prep.ncbi.download import check_url
 
 NEEDED = (
     "assembly_accession",
@@ -57,9 +59,17 @@ class Assembly(NamedTuple):
             return self.status
         if self.ftp_path in NONE:
             return "without files"
+        if not self._has_folder():
+            return f"whose ftp_path is no URL of a folder ({self.ftp_path!r:.100})"
         if self.excluded not in NONE and not allow_excluded:
             return f"excluded from RefSeq ({self.excluded}; --allow-excluded takes it)"
         return ""
+
+    def _has_folder(self) -> bool:
+        try:
+            return bool(urlsplit(check_url(self.ftp_path)).path.strip("/"))
+        except InputError:
+            return False
 
 
 def read_assemblies(path: Path) -> Iterator[Assembly]:

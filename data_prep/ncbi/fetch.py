@@ -1,6 +1,6 @@
 """Downloads the genomes of a catalog into a folder that the other commands read, each checked and then kept as BGZF.
 
-    OUT/<category>/<species>.fna.gz          BGZF: gzip that can be read from any place on (see bgzip.py)
+    OUT/<category>/<species>.fna.gz          BGZF: gzip that can be read from any place on (see inputs/bgzip.py)
     OUT/<category>/<species>.fna.gz.gzi      its index
     OUT/<category>/<species>.fna.gz.partial  what has come of a download that is not complete
     OUT/fetched.tsv                          a row a genome: where it came from and its sums, written when it is in place
@@ -28,6 +28,7 @@ from data_prep.cli import InputError, StopRequested, add_verb, fsync_directory, 
 from data_prep.dataset import safe_join
 from data_prep.inputs.bgzip import compress, index_path
 from data_prep.inputs.fasta import DamagedGzip, read_chunks
+from data_prep.inputs.genomes import PARTIAL
 from data_prep.ncbi.download import Client, DownloadFailed, check_url
 
 NEEDED = ("species", "accession", "url", "file")  # columns of the catalog
@@ -113,9 +114,12 @@ def read_catalog(path: Path) -> list[Item]:
             safe_join(Path(), item.file)
         except InputError as error:
             raise InputError(f"{path}: line {number} ({item.species}): {error}") from None
-        if not item.file.endswith(".fna.gz") or Path(item.file).name.startswith(".") or not item.file.isprintable():
+        # Each file has one way to be written then, and none is hidden from those who read genomes.
+        odd = any(not part or part.startswith(".") for part in item.file.split("/"))
+        if odd or not item.file.endswith(".fna.gz") or not item.file.isprintable():
             raise InputError(
-                f"{path}: line {number} ({item.species}): file {item.file!r} must be a name that ends with .fna.gz"
+                f"{path}: line {number} ({item.species}): file {item.file!r} must be a name that ends with .fna.gz, in "
+                "folders if it is to be, with no part that is empty or begins with a dot"
             )
         if item.file.casefold() in items:
             raise InputError(f"{path}: line {number} ({item.species}): {item.file} stands twice in the catalog; remove one")
@@ -129,7 +133,7 @@ def fetch_one(item: Item, root: Path, client: Client) -> Row:
     """Download, check and store one genome; raises what `Client.file` does."""
     target = safe_join(root, item.file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     folder, _, name = item.url.rpartition("/")
     md5 = find_sum(client.text(f"{folder}/{SUMS}"), name)
     if md5 is None:
@@ -188,7 +192,7 @@ def fetch(items: list[Item], root: Path, record: Record, client: Client, connect
         while (item := todo.get()) is not None and not client.stop.is_set():
             try:
                 record.add(fetch_one(item, root, client))
-                safe_join(root, item.file + ".partial").unlink()
+                safe_join(root, item.file + PARTIAL).unlink()
                 ended.put((item, None))
             except Exception as error:
                 if isinstance(error, OSError) and error.errno and error.filename is None:  # such as that of a full disk

@@ -1,6 +1,6 @@
 """`python -m data_prep report`: what a dataset was made of and how, for those who will be asked, in tables and plots.
 
-The manifest tells most of it; what tokens and sequences look like is counted in a sample (report_sample.py).
+The manifest tells most of it; what tokens and sequences look like is counted in a sample (sample.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from data_prep.cli import InputError, add_verb, log, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import Dataset
+from data_prep.manifest import check_keys
 from data_prep.report import plots as report_plots
 from data_prep.report.markdown import REASONS, bases, markdown, percent
 from data_prep.report.sample import BLOCKS, Sample, draw
@@ -52,8 +53,9 @@ def report(dataset: Dataset, out: Path, sample_blocks: int = BLOCKS) -> dict[str
     Returns:
         `out`, `files` (their names), `species`, `blocks_sampled`; of the training data `bases_per_token`, `gc_percent`.
 
-    Raises DamagedBlock naming a block that is not what was written.
+    Raises DamagedBlock naming a block that is not what was written, InputError for a dataset of an earlier version.
     """
+    check_keys(dataset.storage.describe("manifest.json"), dataset.manifest)
     codec = Codec(dataset.tokenizer_path)
     sample = draw(dataset, codec, limit=sample_blocks)
     tables = Tables(dataset.manifest["species"], sample)
@@ -78,25 +80,23 @@ def _plots(codec: Codec, sample: Sample, tables: Tables) -> dict[str, bytes]:
     """The PNGs by their names."""
     groups = {name: tables.of(numbers) for name, numbers in tables.groups.items()}
     group_of = {number: name for name, numbers in tables.groups.items() for number in numbers}
-    reasons = [key for key in REASONS if tables.total[key]]
-    shares = np.array([[100 * sums[key] / max(1, sums["bases_in"]) for key in reasons] for sums in groups.values()])
+    shares = np.array([[100 * sums[key] / max(1, sums["bases_in"]) for key in REASONS] for sums in groups.values()])
     left_out = [
         f"{percent(sum(sums[key] for key in REASONS), sums['bases_in'])} of {bases(sums['bases_in'])}"
         for sums in groups.values()
     ]
-    trained = [number for number in tables.order if tables.species[number]["tokens"]["train"]]
-    largest, rest = trained[: report_plots.BARS], trained[report_plots.BARS :]
-    others = f"{len(rest)} more species have {tables.of(rest)['train_percent']:.1f} % together" if rest else ""
+    largest, rest = tables.order[: report_plots.BARS], tables.order[report_plots.BARS :]
+    others = f"{len(rest):,} more have {tables.of(rest)['train_percent']:.2f} % together" if rest else ""
     with_data = [name for name, sums in groups.items() if sums["gc_percent"] is not None]
     return {
-        "tokens.png": report_plots.tokens(codec.token_bases, sample.token_uses, sample.length_counts),
+        "tokens.png": report_plots.tokens(codec.token_bases, sample.token_uses, sample.length_counts, codec.overlap),
         "gc.png": report_plots.gc(
             with_data,
             np.array([sample.gc_sequences[tables.groups[name]].sum(axis=0) for name in with_data]),
             [groups[name]["gc_percent"] for name in with_data],
             list(groups),
         ),
-        "dropped.png": report_plots.dropped(list(groups), [REASONS[key] for key in reasons], shares, left_out),
+        "dropped.png": report_plots.dropped(list(groups), list(REASONS.values()), shares, left_out),
         "species.png": report_plots.species(
             [tables.species[number]["name"] for number in largest],
             [group_of[number] for number in largest],

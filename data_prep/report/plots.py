@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 GROUPS = 11  # drawn by themselves
 BARS = 30  # of a chart of species
+LENGTHS = 8  # of tokens, that an axis has room for at least: few lengths must not make fat bars
 LETTERS = 44  # of a name beside a plot
 # Okabe and Ito's colours ("Color Universal Design", 2008), which stay apart for colour-blind readers, then darker ones.
 COLOURS = (
@@ -68,47 +69,47 @@ def short(name: str) -> str:
     return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
 
 
-def tokens(token_bases: NDArray[np.int64], uses: NDArray[np.float64], length_counts: NDArray[np.float64]) -> bytes:
+def tokens(
+    token_bases: NDArray[np.int64], uses: NDArray[np.float64], length_counts: NDArray[np.float64], overlap: int = 0
+) -> bytes:
     """How long tokens and sequences are.
 
     Args:
-        token_bases: [vocabulary] bases that each token stands for, 0 for special ones.
+        token_bases: [vocabulary] bases by which each token moves on, 0 for special ones.
         uses: [vocabulary] how often each occurs.
         length_counts: [lengths] sequences by their content tokens, from 0.
+        overlap: letters that a token shares with the next, k - 1 for overlapping k-mers.
     """
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
     content = token_bases > 0
-    used = np.bincount(token_bases[content], uses[content])
-    there = np.bincount(token_bases[content])
+    letters = token_bases[content] + overlap
+    used, there = np.bincount(letters, uses[content]), np.bincount(letters)
     used, there = 100 * used / max(1, used.sum()), 100 * there / there.sum()
     with _figure(11, 4.2) as (figure, picture):
         left, right = figure.subplots(1, 2)
         x = np.arange(len(used))
         left.bar(x - 0.2, used, width=0.4, color=COLOURS[0], label="of the tokens in the data")
         left.bar(x + 0.2, there, width=0.4, color=COLOURS[4], label="of the vocabulary")
-        left.set(title="Token length", xlabel="bases a token", ylabel="%", xlim=(0.4, len(used) - 0.4))
+        shared = f", of which the next token shares {overlap}" if overlap else ""
+        left.set(title="Token length", xlabel=f"letters of a token{shared}", ylabel="%")
+        left.set_xlim(0.4, max(len(used) - 1, LENGTHS) + 0.6)
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.grid(axis="x", visible=False)
-        left.legend(frameon=False)
+        # Beside the title, where no bar reaches.
+        left.legend(loc="lower right", bbox_to_anchor=(1.02, 0.985), ncols=2, frameon=False, fontsize=9, columnspacing=1)
         size = -(-len(length_counts) // 64)  # lengths a bar
         # The longest length ends a bar: where most sequences are full, it must not stand beside empty ones.
         edges = np.unique(np.append(1, np.arange(len(length_counts), 0, -size)))
         counts = np.add.reduceat(length_counts, edges[:-1])
         right.stairs(counts, edges - 0.5, fill=True, color=COLOURS[0])
-        right.set(title="Sequence length", xlabel="tokens, without [CLS] and [SEP]", ylabel="sequences", yscale="log")
+        full = 100 * length_counts[-1] / max(1, length_counts.sum())
+        title = f"Sequence length; {full:.1f} % are full" if full >= 1 else "Sequence length"
+        right.set(title=title, xlabel="tokens, without [CLS] and [SEP]", ylabel="sequences", yscale="log")
         right.set_xlim(0, len(length_counts))
         right.set_ylim(bottom=0.7)
         right.yaxis.set_major_formatter(EngFormatter(sep=""))
-        full = 100 * length_counts[-1] / max(1, length_counts.sum())
-        right.annotate(
-            f"{full:.1f} % are full",
-            (len(length_counts), max(1.0, float(length_counts[-1]))),
-            (-12, -2),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-        )
+        right.yaxis.set_minor_formatter(NullFormatter())
     return picture.getvalue()
 
 
@@ -144,28 +145,29 @@ def dropped(groups: Sequence[str], reasons: Sequence[str], shares: NDArray[np.fl
     """Why bases were left out: a bar a group, stacked by reason.
 
     Args:
+        reasons: all there can be, always in the same order, which gives the colours.
         shares: [groups, reasons] per cent of the group's bases.
-        labels: [groups] written behind each bar.
+        labels: [groups] written to the right of each bar.
     """
     with _figure(9, 1.6 + 0.36 * len(groups)) as (figure, picture):
         axes = figure.subplots()
         left, y = np.zeros(len(groups)), np.arange(len(groups))
-        for number, reason in enumerate(reasons):
-            axes.barh(y, shares[:, number], left=left, height=0.7, color=COLOURS[number], label=reason)
-            left += shares[:, number]
-        widest = max(float(left.max()), 0.1)
+        reach = min(100.0, 1.05 * max(float(shares.sum(axis=1).max()), 0.1))
+        visible = shares.max(axis=0) >= 0.0005 * reach  # half a pixel
+        for reason, colour, seen, widths in zip(reasons, COLOURS, visible, shares.T, strict=False):
+            if seen:
+                axes.barh(y, widths, left=left, height=0.7, color=colour, label=reason)
+                left += widths
         for row, label in enumerate(labels):
-            axes.text(left[row] + 0.01 * widest, row, label, va="center", color="#333333")
+            axes.text(1.01, row, label, va="center", color="#333333", transform=axes.get_yaxis_transform())
         axes.set_yticks(y, [short(group) for group in groups])
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.3 * widest)
-        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
-        axes.set_xlim(0, 1.3 * widest)
+        axes.set_xlim(0, reach)
         axes.set(xlabel="% of the group's bases")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         figure.suptitle("Bases that stand in no sequence", x=0.01, ha="left", fontsize=11)
-        if reasons:
+        if visible.any():
             figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return picture.getvalue()
 
@@ -177,8 +179,8 @@ def species(
 
     Args:
         group_of: [species] the group of each, one of `groups`.
-        shares: [species] per cent.
-        others: what is written below about species not drawn; may be empty.
+        shares: [species] per cent; may be 0.
+        others: what the title tells about species not drawn; empty if there are none.
     """
     from matplotlib.patches import Patch
 
@@ -188,13 +190,13 @@ def species(
         y = np.arange(len(names))
         axes.barh(y, shares, height=0.75, color=[shade[group] for group in group_of])
         for row, share in enumerate(shares):
-            axes.text(
-                share, row, f" {share:.2g} %" if share < 1 else f" {share:.1f} %", va="center", fontsize=8, color="#333333"
-            )
+            label = f"{share:.2f} %" if share >= 0.005 else "< 0.01 %" if share else "0"
+            axes.text(share, row, f" {label}", va="center", fontsize=8, color="#333333")
         axes.set_yticks(y, [short(name) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.1 * max(shares))
-        axes.set(title="Share of the training tokens, %", xlabel=others)
+        title = "Share of the training tokens, %"
+        axes.set_title(f"{title}: the {len(names)} largest species\n{others}" if others else title)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         patches = [Patch(color=colour, label=short(group)) for group, colour in shade.items()]

@@ -25,6 +25,7 @@ from data_prep.pack import MINIMUM_TOKENS, Packed, Packer
 from data_prep.tokenizing.kmer_tokenizer import KINDS, kmer_json
 from data_prep.tokenizing.sample import Sample
 
+TABLE, PLOT = "tokenizers.md", "tokenizers.png"  # in the folder of the results
 SAMPLE_BASES = 10_000_000
 SEQUENCE_LENGTH = 128
 WINDOW_BASES = 100_000  # of the sample: long, because each ends with a short sequence
@@ -123,8 +124,14 @@ def compare(
     """
     if sequence_length < MINIMUM_TOKENS + 2:
         raise InputError(f"--sequence-length {sequence_length}: must be at least {MINIMUM_TOKENS + 2}")
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; with --compare name a folder")
+    if out is not None and not out.is_dir():
+        if out.exists():
+            raise InputError(f"--out {out}: is a file; with --compare name a folder")
+        if out.suffix.lower() in (".json", ".md", ".png"):
+            raise InputError(
+                f"--out {out}: is the name of a file; with --compare name a folder, such as {out.with_suffix('')}, "
+                f"which gets {TABLE} and {PLOT}"
+            )
     codecs = [open_codec(name) for name in tokenizers]
     counts = [Count(*pair, sequence_length) for pair in zip(_labels(tokenizers), codecs, strict=True)]
     found = find_genomes(genomes)
@@ -153,8 +160,8 @@ def compare(
             f"{MASKED:.0%} of the tokens masked; relative to {rows[0]['name']}. used: share of the vocabulary that occurs; "
             "effective: how many tokens, all equally frequent, would vary as much (exp of the entropy)."
         )
-        write_atomically(out / "tokenizers.md", f"{text}\n\n{about}\n".encode())
-        write_atomically(out / "tokenizers.png", plot(rows))
+        write_atomically(out / TABLE, f"{text}\n\n{about}\n".encode())
+        write_atomically(out / PLOT, plot(rows))
     return {"sample_bases": bases, "sequence_length": sequence_length, "tokenizers": rows}
 
 
@@ -166,6 +173,8 @@ def open_codec(name: str) -> Codec:
     """The tokenizer of a file, or of a name such as `overlapping-kmer:6`."""
     named = _NAMED.fullmatch(name)
     if named is None:
+        if not Path(name).exists():
+            raise InputError(f"{name}: no such file; name a tokenizer.json, or k-mers like kmer:6 or overlapping-kmer:3")
         return Codec(Path(name))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
@@ -209,15 +218,16 @@ def plot(rows: Sequence[dict[str, Any]]) -> bytes:
         figure = Figure(figsize=(13, 1.3 + 0.42 * len(rows)), dpi=110, layout="constrained")
         for axes, (key, (title, form)) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
             values, places = [row[key] for row in rows], range(len(rows))
-            reach = list(values)
+            ends, labels, room = list(values), [form.format(value) for value in values], 1.25
             if key == "effective_vocabulary":
-                reach = [row["vocab_size"] for row in rows]
-                axes.barh(places, reach, color="#cfdfec")
+                ends = [row["vocab_size"] for row in rows]
+                labels = [f"{label} of {end:,}" for label, end in zip(labels, ends, strict=True)]
+                room = 1.75
+                axes.barh(places, ends, color="#cfdfec")
             axes.barh(places, values, color="#3f7fb5")
-            for place, value in zip(places, values, strict=True):
-                note = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-                axes.annotate(form.format(value), (value, place), **note)
-            axes.set_xlim(0, 1.25 * max(reach))
+            for place, end, label in zip(places, ends, labels, strict=True):  # behind the longer bar, across no edge
+                axes.annotate(label, (end, place), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.set_xlim(0, room * max(ends))
             axes.set_yticks(places, [row["name"] for row in rows])
             axes.set_title(title)
         axes.invert_yaxis()  # shared by all

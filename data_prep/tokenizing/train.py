@@ -91,6 +91,8 @@ def run_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
     if not args.compare and args.out is None:
         raise InputError("--out: is missing; name the tokenizer.json to write")
     if args.kind in KINDS:
+        if args.genomes is not None:
+            log(f"--genomes {args.genomes}: not read; {args.kind} needs no sample")
         data = kmer_json(args.kind, given.get("k", K))
         write_atomically(args.out, data)
         result = {"vocab_size": len(json.loads(data)["model"]["vocab"]), "sha256": hashlib.sha256(data).hexdigest()}

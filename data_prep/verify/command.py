@@ -1,9 +1,9 @@
 """`python -m data_prep verify`: every byte of a finished dataset is what was written, and what is not is named.
 
-Small files first (verify_tables.py), then the shards (verify_shard.py), in processes of their own. What lies in several
+Small files first (tables.py), then the shards (shard.py), in processes of their own. What lies in several
 shards is put together here: no base stands in two of them, least of all in one of train and one of valid, and a species'
 sequences cover as many bases as the manifest says. With --genomes each sequence is also compared with its place in the
-FASTA files (verify_source.py).
+FASTA files (source.py).
 
 One pass over the data; memory is a block a process, and the shards' stretches of the genome, 16 bytes each.
 """
@@ -56,16 +56,17 @@ def register(verbs: Any) -> None:
     verb.add_argument(
         "--genomes", type=Path, metavar="DIR", help="compare every sequence with its place in these genomes, too"
     )
-    verb.add_argument("--processes", type=int, default=cores(), metavar="N", help="how many at a time (default: one a core)")
+    verb.add_argument("--processes", type=int, metavar="N", help="how many at a time (default: one a core)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The verb."""
     if "://" in args.dataset:
         raise InputError(f"{args.dataset}: verify reads every byte, so run it on a directory, where the files lie")
-    if args.processes < 1:
-        raise InputError(f"--processes {args.processes}: must be at least 1")
-    return verify(Path(args.dataset), args.genomes, args.processes)
+    processes = cores() if args.processes is None else args.processes
+    if processes < 1:
+        raise InputError(f"--processes {processes}: must be at least 1")
+    return verify(Path(args.dataset), args.genomes, processes)
 
 
 def verify(path: Path, genomes: Path | None = None, processes: int = 1) -> dict[str, Any]:
@@ -156,6 +157,7 @@ def _rules(tables: Tables, species: int) -> Rules:
     if lengths is not None:
         axis = np.concatenate([[0], np.cumsum(lengths[first : first + contigs] + 1)])
     return Rules(
+        shortest=min(manifest["minimum_tokens"], manifest["sequence_length"] - 2),
         longest=manifest["sequence_length"] - 2,
         vocab_size=manifest["tokenizer"]["vocab_size"],
         strands=(1, -1) if manifest["strands"] == "both" else (1,),

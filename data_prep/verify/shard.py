@@ -32,7 +32,8 @@ CHUNK_BYTES = 1 << 20
 class Rules:
     """What the sequences of one species must keep to."""
 
-    longest: int  # content tokens of a sequence
+    shortest: int  # content tokens of a sequence
+    longest: int
     vocab_size: int
     strands: tuple[int, ...]
     token_bases: NDArray[np.int64] | None  # as in Codec; None when the tokenizer is not the dataset's
@@ -190,7 +191,8 @@ def _check_block(data: bytes, key: str, entry: np.void, rules: Rules) -> tuple[N
             raise _Wrong(f"{count} {field_name}, but {entry[field_name]} in the index")
     if len(lengths) == 0 or lengths.sum(dtype=np.int64) != len(tokens):
         raise _Wrong(f"{len(tokens)} tokens, but its sequences' lengths add up to {lengths.sum(dtype=np.int64)}")
-    _sequences((lengths < 1) | (lengths > rules.longest), lengths, f"length in tokens is not 1 to {rules.longest}")
+    few, many = max(1, rules.shortest), rules.longest
+    _sequences((lengths < few) | (lengths > many), lengths, f"length in tokens is not {few} to {many}, but")
     first = np.cumsum(lengths, dtype=np.int64) - lengths
     if (foreign := tokens >= rules.vocab_size).any():
         which = np.searchsorted(first, np.flatnonzero(foreign)[0], side="right") - 1

@@ -1,7 +1,12 @@
 """Checks a dataset's small files: the manifest, the tokenizer, contigs.tsv, the shard tables, and what lies around.
 
-The manifest is the root of all sums, so an edit of it is found by what has to add up: its tables with each other, with
-shards.npy and with contigs.tsv, and the bases kept with the bases that the sequences cover (command.py).
+The manifest is the root of all sums, and no sum tells of an edit of itself. Found is what then does not add up: its tables
+with each other, with shards.npy and contigs.tsv, its settings with the tokenizer and the sequences, and the bases kept with
+the bases that the sequences cover (command.py). Nothing here contradicts a wrong `seed`, `valid_fraction`, `region_bases`,
+`unit_bases`, `order.window_blocks`, `packing` or `duplicates_removed` (but where it excludes what was counted), category or
+`file_bytes` of a species, sum of its file (but with --genomes), sum of the exclusion list, number (but whether it is 0) of
+sequences excluded or pairs of species in `duplicates.from`, nor bases that are told as dropped for another reason: keep the
+manifest's own sum.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ from numpy.typing import NDArray
 from data_prep.cli import InputError, one_line
 from data_prep.codec import Codec
 from data_prep.dataset import SHARD_ROW, SPLITS, Dataset
-from data_prep.pack import STRANDS
-from data_prep.plan import CONTIGS_HEADER
+from data_prep.manifest import check_keys
+from data_prep.pack import MINIMUM_TOKENS, PACKINGS, STRANDS
+from data_prep.plan import CONTIGS_HEADER, DUPLICATES
 from data_prep.storage import WRONG_SUM, file_sha256
 
 Add = Callable[[Path, str], None]  # notes a problem: the file, what is wrong
@@ -50,6 +56,7 @@ def read_tables(path: Path, add: Add) -> Tables:
     if not (path / "manifest.json").is_file() and (path / ".work").is_dir():
         raise InputError(f"{path}: is not finished; run its tasks and `python -m data_prep finalize {path}` first")
     manifest = _Opened(path).manifest
+    check_keys(str(path / "manifest.json"), manifest)
     whole = {name for name in FILES if _is_recorded(path / name, str(manifest["files"].get(name)), add)}
     for name in sorted(set(manifest["files"]) - set(FILES)):
         add(path / "manifest.json", f"has the sum of {name!r}, which is no file of a dataset")
@@ -65,8 +72,13 @@ def read_tables(path: Path, add: Add) -> Tables:
                 table = _read_shards(path / split / "shards.npy", len(manifest["species"]), add)
                 if table is not None:
                     shards[split] = table
-        for what in _not_adding_up(manifest, shards, lengths):
-            add(path / "manifest.json", what)
+        for found in (
+            _not_adding_up(manifest, shards, lengths),
+            _wrong_settings(manifest, codec),
+            _wrong_removals(manifest),
+        ):
+            for what in found:
+                add(path / "manifest.json", what)
         contigs = [row["contigs"] for row in manifest["species"]]
         first_contig: list[int] = (np.cumsum(contigs, dtype=np.int64) - contigs).tolist()
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -76,12 +88,14 @@ def read_tables(path: Path, add: Add) -> Tables:
 
 def _check_settings(manifest: dict[str, Any]) -> None:
     """Raise TypeError naming a setting that the checks of shards could not work with."""
-    sizes = {"sequence_length": manifest["sequence_length"], "tokenizer.vocab_size": manifest["tokenizer"]["vocab_size"]}
+    sizes = {key: manifest[key] for key in ("sequence_length", "minimum_tokens", "run_bases")}
+    sizes |= {"tokenizer.vocab_size": manifest["tokenizer"]["vocab_size"], "order.streams": manifest["order"]["streams"]}
     for key, value in sizes.items():
         if not isinstance(value, int):
             raise TypeError(f"{key}: {value!r}")
-    if manifest["strands"] not in STRANDS:
-        raise TypeError(f"strands: {manifest['strands']!r}")
+    for key, values in (("strands", STRANDS), ("packing", PACKINGS), ("duplicates_removed", DUPLICATES)):
+        if manifest[key] not in values:
+            raise TypeError(f"{key}: {manifest[key]!r}")
 
 
 def _is_recorded(path: Path, sha256: str, add: Add) -> bool:
@@ -110,8 +124,8 @@ def _read_tokenizer(path: Path, manifest: dict[str, Any], recorded: bool, add: A
     if not recorded:
         add(path, f"a foreign tokenizer ({codec.kind}, {codec.vocab_size} tokens): {WRONG_SUM} ({known})")
         return None
-    for key, value in (("sha256", codec.sha256), ("kind", codec.kind), ("vocab_size", codec.vocab_size)):
-        if expected[key] != value:
+    for key in ("sha256", "kind", "k", "vocab_size"):
+        if expected[key] != (value := getattr(codec, key)):
             add(path.with_name("manifest.json"), f"tokenizer.{key} is {expected[key]}, that of tokenizer.json is {value}")
     return codec
 
@@ -184,7 +198,41 @@ def _not_adding_up(
         if lengths is not None and bases["in"] != (length := int(lengths[contig : contig + row["contigs"]].sum())):
             yield f"species {row['name']}: {bases['in']} bases in, but its contigs have {length}"
         contig += row["contigs"]
-    removed = manifest["duplicates"]
+
+
+def _wrong_settings(manifest: dict[str, Any], codec: Codec | None) -> Iterator[str]:
+    """What of the settings can't be what the sequences were made by."""
+    if codec is not None and manifest["packing"] == "contiguous":  # the paper's has runs of its own
+        run_bases = codec.run_bases(manifest["sequence_length"] - 2)
+        if manifest["run_bases"] != run_bases:
+            yield f"run_bases is {manifest['run_bases']}, but {run_bases} with tokenizer.json and this sequence_length"
+    if manifest["minimum_tokens"] != MINIMUM_TOKENS:
+        yield f"minimum_tokens is {manifest['minimum_tokens']}, but sequences are made of {MINIMUM_TOKENS} tokens or more"
+    streams, sequences = manifest["order"]["streams"], manifest["splits"]["train"]["sequences"]
+    if not 1 <= streams <= sequences:
+        yield f"order.streams is {streams}, not from 1 to the {sequences} training sequences"
+
+
+def _wrong_removals(manifest: dict[str, Any]) -> Iterator[str]:
+    """What is told of duplicates and exclusions, here and in the species' rows, and contradicts itself."""
+    removed, asked, excluded = manifest["duplicates"], manifest["duplicates_removed"], manifest["excluded"]
+    dropped = {
+        reason: sum(row["bases"]["dropped"][reason] for row in manifest["species"])
+        for reason in ("duplicate", "near_duplicate", "excluded")
+    }
+    for kind, reason, asked_for in (
+        ("exact", "duplicate", asked != "none"),
+        ("near", "near_duplicate", asked == "near"),
+    ):
+        if bool(removed[kind]) != bool(dropped[reason]):
+            yield f"duplicates.{kind} is {removed[kind]}, but {dropped[reason]} bases were dropped as {reason}"
+        elif removed[kind] and not asked_for:
+            yield f"duplicates.{kind} is {removed[kind]}, but duplicates_removed is {asked}"
+    sequences = excluded["sequences"] if excluded is not None else 0
+    # With both strands, a sequence of the reverse one may stand on the list alone: no base of the forward one is dropped.
+    alone = manifest["strands"] == "both" and not dropped["excluded"]
+    if bool(sequences) != bool(dropped["excluded"]) and not alone:
+        yield f"excluded.sequences is {sequences}, but {dropped['excluded']} bases were dropped as excluded"
     for kind in ("exact", "near"):
         if removed[kind] != sum(pair[kind] for pair in removed["from"]):
             yield f"duplicates.{kind} is {removed[kind]}, not the sum of duplicates.from"

@@ -46,7 +46,7 @@ def test_missing_units_are_named(shard: Shard, tmp_path: Path, capsys: pytest.Ca
 
 def test_files_changed_on_the_way_are_found(shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shard(tmp_path, "--num-tasks", "1", "--task", "0") == 0
-    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    (tmp_path / ".work/tokenizer.json").write_bytes(b"{}")
     assert run(["finalize", str(tmp_path)]) == 2
     assert "tokenizer.json: was changed" in capsys.readouterr().err
     assert not (tmp_path / "manifest.json").exists()

@@ -31,6 +31,9 @@ def test_cores_are_no_more_than_slurm_gave(monkeypatch: pytest.MonkeyPatch) -> N
     assert cores() == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "9999")
     assert cores() == bound
+    for odd in ("", "0", "-2", "two", "4(x2)"):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", odd)
+        assert cores() == bound
 
 
 def test_more_processes_make_the_same_bytes(dataset: Path, shard: Callable[..., int], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -101,12 +102,24 @@ def test_copies_go_and_the_rest_stays(copies: Path, tokenizer_file: Path, tmp_pa
     assert sum(row["near"] + row["exact"] for row in table) == len(forward)
     assert {(row["species"], row["kept_in"]) for row in table} <= {(a, b) for a in "abc" for b in "abc"}
     if strands == "both":  # the other strand of what is gone goes too, by the place of its middle
-        gone = [(contig, start, end) for _, contig, start, end, strand, _ in dropped if strand > 0]
-        for _, contig, start, end, strand, tokens in everything:
-            middle = (start + end) // 2
-            inside = any(contig == c and a <= middle < b for c, a, b in gone)
+        lost = {each[1:] for each in dropped}
+        for split, contig, start, end, strand, tokens in everything:
             if strand < 0:
-                assert ((contig, start, end, strand, tokens) in {each[1:] for each in dropped}) == inside
+                before = [each for each in everything if each[:2] == (split, contig) and each[4] > 0]
+                holder = max((each for each in before if each[2] <= (start + end) // 2), key=lambda each: each[2])
+                assert ((contig, start, end, strand, tokens) in lost) == (holder[1:] in lost)
+
+
+def test_copies_in_truncated_pieces_go_on_both_strands(copies: Path, tokenizer_file: Path, tmp_path: Path) -> None:
+    genomes = tmp_path / "genomes"
+    genomes.mkdir()
+    for name in ("one", "two"):
+        (genomes / f"{name}.fa").write_bytes((copies / "a.fa").read_bytes())
+    options = ["--strands", "both", "--packing", "paper", "--valid-fraction", "0"]
+    assert command(genomes, tokenizer_file, tmp_path / "out", *options) == 0
+    found = list(sequences(tmp_path / "out"))
+    assert {contig for _, contig, *_ in found} == {0}
+    assert sum(each[4] > 0 for each in found) == sum(each[4] < 0 for each in found) >= BASES // 1000
 
 
 def test_exact_copies_only(copies: Path, tokenizer_file: Path, tmp_path: Path) -> None:
@@ -156,6 +169,23 @@ def test_an_exclusion_list_is_honoured(
     assert "is finished, without --exclude" in capsys.readouterr().err
 
 
+def test_what_is_excluded_makes_no_duplicates(copies: Path, tokenizer_file: Path, tmp_path: Path) -> None:
+    """Of two copies one is excluded: the other stays, although it comes later."""
+    genomes = tmp_path / "genomes"
+    genomes.mkdir()
+    for name in ("a", "b"):
+        (genomes / f"{name}.fa").write_bytes((copies / "a.fa").read_bytes())
+    listed = exclusion_list(tmp_path / "excluded.tsv", [("a.fa", 0, 20_000)])
+    listed.write_text(listed.read_text().replace("\tb\t", "\ta\t"))
+    options = ["--valid-fraction", "0", "--exclude", str(listed)]
+    assert command(genomes, tokenizer_file, tmp_path / "out", *options) == 0
+    a, b = (row["bases"] for row in Dataset(tmp_path / "out").manifest["species"])
+    assert a["kept"] == pytest.approx(20_000, abs=400) and b["kept"] == pytest.approx(20_000, abs=400)
+    assert b["dropped"]["duplicate"] == pytest.approx(20_000, abs=400) and b["dropped"]["excluded"] == 0
+    places = sorted((start, end) for _, _, start, end, _, _ in sequences(tmp_path / "out"))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(places))  # each base once
+
+
 class Dies(Exception):
     pass
 
@@ -188,7 +218,7 @@ def test_killed_while_removing_it_goes_on(
             other = exclusion_list(tmp_path / "other.tsv", [("d.fa", 100, 300)])
             died = set()
             assert run(["finalize", str(out), "--exclude", str(other)]) == 2
-            assert "begun with another --exclude" in capsys.readouterr().err
+            assert "begun with another --exclude, or without" in capsys.readouterr().err
     assert 10 < lives < 90
     assert tree(out) == tree(tmp_path / "whole")
 

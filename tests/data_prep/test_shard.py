@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
+from data_prep import plan as planning
 from data_prep.__main__ import run
+from data_prep.codec import Codec
 from data_prep.dataset import SPLITS, Dataset, ShardWriter
+from data_prep.inputs import fasta
 from data_prep.inputs.fasta import read_fasta
+from data_prep.inputs.genomes import find_genomes
+from data_prep.kmers import reverse_complement
 from data_prep.pack import MINIMUM_TOKENS
-from tests.data_prep.conftest import SMALL
+from tests.data_prep.conftest import SMALL, random_bases
 
 Shard = Callable[..., int]
 
@@ -107,7 +115,7 @@ def test_bytes_do_not_depend_on_tasks_or_crashes(
         raise RuntimeError("the node is gone")
 
     with monkeypatch.context() as patch:  # in the middle of a unit
-        patch.setattr(ShardWriter, "close", dies)
+        patch.setattr(ShardWriter, "seal", dies)
         assert shard(out, "--num-tasks", "3", "--task", "1") == 1
     assert len(closes) == 1
     assert run(["finalize", str(out)]) == 2
@@ -157,7 +165,7 @@ def test_a_finished_dataset_is_left_alone(
     assert json.loads(captured.out.splitlines()[-1])["manifest_sha256"] == Dataset(dataset).sha256
     for options, key in (
         (["--seed", "5"], "seed 0, not 5"),
-        (["--sequence-length", "30"], "sequence_length 20, not 30"),
+        (["--sequence-length", "30"], "--sequence-length 20, not 30"),
         (["--streams", "2"], "streams 1, not 2"),
     ):
         assert shard(dataset, *options) == 2
@@ -174,7 +182,7 @@ def test_a_begun_dataset_keeps_its_parameters(
     task = ["--num-tasks", "2", "--task"]
     assert run([*command, "7000", *task, "0"]) == 0
     assert run([*command, "8000", *task, "1"]) == 2
-    assert "unit_bases 7000, not 8000" in capsys.readouterr().err
+    assert "--unit-bases 7000, not 8000" in capsys.readouterr().err
     (mine / "new.fa").write_bytes(b">a\nACGT\n")
     assert run([*command, "7000", *task, "1"]) == 2
     assert "new.fa of --genomes is new" in capsys.readouterr().err
@@ -205,7 +213,10 @@ def test_a_folder_that_is_not_ours_is_left_alone(shard: Shard, tmp_path: Path, c
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_killed_from_outside_it_goes_on(dataset: Path, genomes: Path, tokenizer_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_killed_from_outside_it_goes_on(
+    dataset: Path, genomes: Path, tokenizer_file: Path, tmp_path: Path, number: int, status: int
+) -> None:
     """The real signal, in another process, once the first marker is there."""
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "data_prep", "shard", "--genomes", str(genomes)]
@@ -213,8 +224,104 @@ def test_killed_from_outside_it_goes_on(dataset: Path, genomes: Path, tokenizer_
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((out / ".work").glob("unit-*.json")):
         time.sleep(0.001)
-    process.kill()
+    process.send_signal(number)
     process.wait()
-    assert process.returncode in (-9, 0)
+    assert process.returncode in (status, 0)
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
     assert tree(out) == tree(dataset)
+
+
+def test_the_first_plan_counts(
+    shard: Shard, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that was slow to plan finds another's plan: it goes on with the same one and stops at another one."""
+    scan_all = planning.scan_all
+
+    def slow(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "scan_all", scan_all)
+            assert shard(out, "--num-tasks", "2", "--task", "0") == 0
+        return scan_all(*args)
+
+    out = tmp_path / "other"
+    monkeypatch.setattr(planning, "scan_all", slow)
+    assert shard(out, "--num-tasks", "2", "--task", "1", "--seed", "9") == 2
+    assert "was made with --seed 0, not 9" in capsys.readouterr().err
+    out = tmp_path / "same"
+    assert shard(out, "--num-tasks", "2", "--task", "1") == 0
+    assert run(["finalize", str(out)]) == 0
+    assert tree(out) == tree(dataset)
+
+
+def test_a_task_that_wakes_up_late_changes_nothing(
+    shard: Shard, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seal, out = ShardWriter.seal, tmp_path / "out"
+
+    def late(self: ShardWriter) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "seal", seal)
+            assert shard(out) == 0  # all of it, and finalized
+        return seal(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "seal", late)
+        assert shard(out, "--num-tasks", "1", "--task", "0") == 2
+    assert "`finalize` began before unit 0 was built" in capsys.readouterr().err
+    assert run(["finalize", str(out)]) == 0
+    assert tree(out) == tree(dataset)
+
+
+def test_no_unit_counts_before_its_text_was_compared(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file changes after the scan; or a task is killed before it comes to the point where that would be found."""
+    path, out = tmp_path / "genomes/a.fa", tmp_path / "out"
+    path.parent.mkdir()
+    text = b">c\n" + b"".join(random_bases(seed, 3000) + b"N" * 997_000 for seed in range(4))
+    path.write_bytes(text)
+    monkeypatch.setattr(fasta, "POINT_BYTES", 1 << 20)
+    command = ["shard", "--genomes", str(path.parent), "--tokenizer", str(tokenizer_file), "--out", str(out)]
+    command += ["--unit-bases", "1000000", "--region-bases", "500000", "--valid-fraction", "0"]
+    options = planning.Options(unit_bases=1_000_000, region_bases=500_000, valid_fraction=0)
+    planning.open_plan(out, find_genomes(path.parent), Codec(tokenizer_file), options)
+
+    def done() -> list[int]:
+        return sorted(int(marker.stem[5:]) for marker in (out / ".work").glob("unit-??????.json"))
+
+    path.write_bytes(b">c\n" + reverse_complement(text[3:3003]) + text[3003:])
+    assert run(command) == 2
+    assert "a.fa: has changed since it was scanned" in capsys.readouterr().err and done() == []
+    path.write_bytes(text)
+    seal = ShardWriter.seal
+
+    def dies(self: ShardWriter) -> Any:
+        if self.shard == 3:
+            raise RuntimeError("the node is gone")
+        return seal(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "seal", dies)
+        assert run(command) == 1
+    assert done() == [0, 1]  # the text of unit 2 was not yet compared
+    assert run(command) == 0
+
+
+def test_what_a_kill_leaves_in_the_folder_goes(shard: Shard, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert shard(out, "--num-tasks", "1", "--task", "0") == 0
+    (out / ".manifest.json.abcd").write_bytes(b"half")
+    (out / ".work.abcd").mkdir()
+    assert shard(out) == 0
+    assert tree(out) == tree(dataset) and sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in dataset.iterdir()
+    )
+
+
+def test_one_finalize_at_a_time(shard: Shard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shard(tmp_path, "--num-tasks", "1", "--task", "0") == 0
+    with (tmp_path / ".work/finalize.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(["finalize", str(tmp_path)]) == 2
+        assert "another `finalize` of it is running" in capsys.readouterr().err
+    assert run(["finalize", str(tmp_path)]) == 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import run
+from data_prep.audit.evaluations import read_evaluation
 from data_prep.audit.exclusions import read_exclusions
 from data_prep.codec import Codec
 from data_prep.dataset import SHARD_ROW, Dataset, ShardWriter, npy_bytes
@@ -300,6 +301,44 @@ def test_pairs_parts_and_splits(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert (found["sets"][0]["set"], found["sets"][0]["matched"], found["training_bases"]) == ("tf", 0, 0)
 
 
+def test_columns_are_chosen_by_many_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = random_bases(6, 40).decode(), random_bases(7, 40).decode()
+    path = tmp_path / "test.csv"
+    # The second of the first pair begins with codes of IUPAC, that of the second is not there.
+    rows = [f"R{second[1:]}NYK,{first},1,backwards", f",{first},12345678,x", *[f"{second},{first},0,x"] * 200]
+    path.write_text("\n".join(["sequence2,sequence1,label,note", *rows]) + "\n")
+    found = read_evaluation(path, "pairs", "test")
+    assert (found.sequences, found.bases) == (202, 202 * 40 + 201 * 40 + 3)
+    assert f"{path}: searched for its columns sequence2, sequence1\n" in capsys.readouterr().err
+    path.write_text(f"sequence,label\nRYRYRYRYRY,0\n{first},1\n")
+    assert read_evaluation(path, "one", "test").sequences == 2
+    assert "searched" not in capsys.readouterr().err
+
+
+def test_a_finished_dataset_has_not_all_that_a_list_needs(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "gue", [random_bases(5, 100)])
+    warning = "warning: {}: holds for the sequences of {} only"
+
+    def warned(dataset: Path) -> str:
+        assert run(["audit", str(dataset), "--against", str(tmp_path / "gue"), "--exclusions", str(tmp_path / "x.tsv")]) == 0
+        text = capsys.readouterr().err
+        return text if warning.format(tmp_path / "x.tsv", dataset) in text else ""
+
+    assert not warned(data / "dataset")
+    genomes = tmp_path / "data/genomes"
+    shutil.copytree(data / "genomes", genomes)
+    shutil.copy(data / "tokenizer.json", tmp_path / "data")
+    shutil.copy(genomes / "virus.fa", genomes / "virus2.fa")
+    shard(tmp_path / "data", tmp_path / "begun", "--num-tasks", "1", "--task", "0")
+    assert not warned(tmp_path / "begun")
+    assert run(["finalize", str(tmp_path / "begun")]) == 0
+    assert " duplicates; for other datasets of these genomes audit one before `finalize`" in warned(tmp_path / "begun")
+    shard(data, tmp_path / "paper", "--packing", "paper")
+    assert "without what `--packing paper` truncated; for" in warned(tmp_path / "paper")
+
+
 def test_both_splits(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard(data, tmp_path / "out", "--valid-fraction", "0.3")
     whole = Dataset(tmp_path / "out")
@@ -335,7 +374,7 @@ def test_what_cannot_be_audited(data: Path, tmp_path: Path, capsys: pytest.Captu
     refused("--match-bases", "65", told="--match-bases 65: must be from 16 to 64")
     refused("--processes", "0", told="--processes 0: must be at least 1")
     write_set(tmp_path / "gue/set", [b"PROTEIN"])
-    refused(told="set/test.csv, line 2: no column has a sequence")
+    refused(told="set/test.csv: no column has a sequence of DNA in its first 1 rows")
     (tmp_path / "gue/set/test.csv").write_text('sequence,label\nACGTACGTAC,0\n"ACGTACGTAC,0\n')
     refused(told="set/test.csv, line 3: not CSV")
     (tmp_path / "gue/set/test.csv").write_text("label,sequence\n0,ACGTACGTAC\n1\n")

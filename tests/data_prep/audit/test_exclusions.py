@@ -97,6 +97,13 @@ def test_a_list_holds_for_another_dataset_of_the_genomes(tmp_path: Path, capsys:
     assert found.hit(contig, start, end).tolist() == list(cases.values())
 
 
+def test_a_list_of_other_genomes_is_no_list_for_these(tmp_path: Path) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_text(LIST.replace("a/fly.fa", "fly.fa"))
+    with pytest.raises(InputError, match=r"list\.tsv: none of its 2 files, such as b/yeast\.fa, is in .*contigs\.tsv; give"):
+        read_exclusions(path, contigs_file(tmp_path, OTHER))
+
+
 def test_hits_are_those_of_the_bases(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     contigs = contigs_file(tmp_path, CONTIGS + "".join(f"{each}\ts\ts.fa\tc\t300\n" for each in range(9)))

@@ -132,6 +132,13 @@ def test_what_looks_like_a_genome_is_never_left_out_in_silence(tmp_path: Path) -
         os.unlink(path)
 
 
+def test_an_unfinished_download_is_no_genome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "x/mouse.fna.gz.partial", "x/rat.fa", "x/yak.fna.gz.partial", "x/.cat.fna.gz.partial", "notes.partial")
+    assert [genome.name for genome in find_genomes(tmp_path)] == ["rat"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: left out 2 unfinished downloads: x/mouse.fna.gz.partial, x/yak.fna.gz.partial; `fetch`" in line
+
+
 def test_a_file_that_still_grows_is_no_genome_yet(tmp_path: Path) -> None:
     put(tmp_path, "growing.fa")
     (genome,) = find_genomes(tmp_path)

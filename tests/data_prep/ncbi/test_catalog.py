@@ -117,6 +117,9 @@ def test_the_best_assembly_is_taken_whatever_the_order(tmp_path: Path) -> None:
         ({"version_status": "replaced"}, "1 replaced"),
         ({"version_status": "suppressed"}, "1 suppressed"),
         ({"ftp_path": "na"}, "1 without files"),
+        ({"ftp_path": "garbage"}, "1 whose ftp_path is no URL of a folder ('garbage')"),
+        ({"ftp_path": "https://ftp.ncbi.nlm.nih.gov/"}, "1 whose ftp_path is no URL of a folder ("),
+        ({"ftp_path": "file:///etc/GCF_1"}, "1 whose ftp_path is no URL of a folder ("),
         ({"excluded_from_refseq": "derived from metagenome"}, "1 excluded from RefSeq (derived from metagenome; "),
     ],
 )

@@ -433,6 +433,9 @@ def test_urls(url: str, opened: str | None) -> None:
         ("x\tGCF_1\thttps://h/x\t/etc/x.fna.gz", "line 3 (x): '/etc/x.fna.gz': paths in manifests are relative"),
         ("x\tGCF_1\thttps://h/x\tfetched.tsv", "line 3 (x): file 'fetched.tsv' must be a name that ends with .fna.gz"),
         ("x\tGCF_1\thttps://h/x\tBacteria/ONE.fna.gz", "line 3 (x): Bacteria/ONE.fna.gz stands twice"),
+        ("x\tGCF_1\thttps://h/x\tBacteria//one.fna.gz", "line 3 (x): file 'Bacteria//one.fna.gz' must be a name"),
+        ("x\tGCF_1\thttps://h/x\tBacteria/./one.fna.gz", "line 3 (x): file 'Bacteria/./one.fna.gz' must be a name"),
+        ("x\tGCF_1\thttps://h/x\t.hidden/x.fna.gz", "line 3 (x): file '.hidden/x.fna.gz' must be a name"),
         ("x\tGCF_1\thttps://h/x", "line 3 (x): file '' must be a name"),
     ],
 )

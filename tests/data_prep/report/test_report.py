@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.colors
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ from data_prep.__main__ import run
 from data_prep.codec import Codec
 from data_prep.dataset import SHARD_ROW, Dataset
 from data_prep.pack import DROPPED
+from data_prep.report import plots
 from data_prep.report.command import render
 from data_prep.report.markdown import bases, percent
 from data_prep.report.sample import GC_BINS, Sample, choose, draw
@@ -197,6 +201,41 @@ def test_thousands_of_species_stay_readable(dataset: Path) -> None:
     assert list(tables.groups)[-1] == "9 others" and sum(map(len, tables.groups.values())) == 3000
 
 
+def painted(png: bytes, colour: str) -> np.ndarray:
+    """Which pixels [height, width] have a colour."""
+    pixels = np.rint(255 * matplotlib.image.imread(io.BytesIO(png))[:, :, :3])
+    return (pixels == np.rint(255 * np.array(matplotlib.colors.to_rgb(colour)))).all(axis=2)
+
+
+def test_a_reason_keeps_its_colour_and_has_one_only_if_it_can_be_seen() -> None:
+    reasons = list(DROPPED)
+    for shares, seen in (([0, 0, 0, 30, 0, 0], {3}), ([5, 0, 0, 0, 90, 0.01], {0, 4}), ([0, 0, 0, 0, 0.2, 0.1], {4, 5})):
+        png = plots.dropped(["a", "b"], reasons, np.array([[0.0] * 6, shares]), ["0 of 1 kb", "some of 2 kb"])
+        assert {number for number in range(6) if painted(png, plots.COLOURS[number]).any()} == seen
+    nothing = plots.dropped(["a"], reasons, np.zeros((1, 6)), ["0 of 1 kb"])
+    assert not any(painted(nothing, colour).any() for colour in plots.COLOURS)
+
+
+def test_tokens_of_one_length_are_drawn_as_thin_as_others_and_at_their_letters() -> None:
+    """Overlapping 6-mers move on by a base, but have six letters."""
+    lengths = np.zeros(127)
+    lengths[50] = 9
+    six = np.array([0] * 5 + [6] * 4096)
+    png = plots.tokens(six, np.ones(4101), lengths)
+    pale = painted(png, plots.COLOURS[4])
+    assert 20 < np.count_nonzero(pale.any(axis=0)) < 0.1 * pale.shape[1]  # bar and swatch of the legend
+    overlapping = painted(plots.tokens(np.minimum(six, 1), np.ones(4101), lengths, 5), plots.COLOURS[4])
+    assert np.flatnonzero(overlapping[200]).tolist() == np.flatnonzero(pale[200]).tolist() != []
+
+
+def test_species_without_training_data_have_a_row_and_others_are_in_the_title() -> None:
+    png = plots.species(["a", "b"], ["g", "h"], ["g", "h", "none of these"], [100, 0], "")
+    assert [painted(png, colour).any() for colour in plots.COLOURS[:3]] == [True, True, False]  # "h" in the legend only
+    with_title = plots.species(["a", "b"], ["g", "h"], ["g", "h"], [100, 0], "7 more have 1.00 % together")
+    tops = [np.flatnonzero(painted(each, plots.COLOURS[0])[:, :500].any(axis=1))[0] for each in (png, with_title)]
+    assert tops[0] < tops[1]  # a title of two lines
+
+
 def test_numbers_for_people() -> None:
     assert [bases(count) for count in (0, 999, 1000, 2_345_678, 32_500_000_000)] == [
         "0 b",
@@ -224,3 +263,14 @@ def test_damage_and_wrong_options_are_named(dataset: Path, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
     assert run(["report", str(copy), "--out", str(tmp_path / "out"), "--sample-blocks", "0"]) == 2
     assert "--sample-blocks 0" in capsys.readouterr().err
+
+
+def test_a_dataset_of_an_earlier_version(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(dataset, tmp_path / "old")
+    path = tmp_path / "old/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["duplicates"]
+    path.write_text(json.dumps(manifest))
+    assert run(["report", str(tmp_path / "old"), "--out", str(tmp_path / "out")]) == 2
+    told = f"{path}: made by an earlier version (no `duplicates`); shard again"
+    assert told in capsys.readouterr().err.splitlines()[-1]

@@ -83,8 +83,9 @@ def test_table_and_plot(long_genome: Path, tmp_path: Path, capsys: pytest.Captur
 def test_what_cannot_be_compared(long_genome: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--k 9"):
         open_codec("kmer:9")
-    with pytest.raises(FileNotFoundError):
-        open_codec("bpe:9")
+    for name in ("bpe:9", "kmer:x", "no-such.json"):
+        with pytest.raises(InputError, match=rf"{name}: no such file; .*kmer:6 or overlapping-kmer:3"):
+            open_codec(name)
     with pytest.raises(InputError, match="--sequence-length 9"):
         compare(["kmer:6"], long_genome, sequence_length=9)
     with pytest.raises(InputError, match=r"no sequence for kmer:6.*in a sample of 0 bases.*at least 100,000"):
@@ -92,6 +93,9 @@ def test_what_cannot_be_compared(long_genome: Path, tmp_path: Path) -> None:
     (tmp_path / "table.md").touch()
     with pytest.raises(InputError, match=r"table\.md: is a file"):
         compare(["kmer:6"], long_genome, out=tmp_path / "table.md")
+    with pytest.raises(InputError, match=r"c\.png: is the name of a file; .* name a folder, such as .*/c, which gets"):
+        compare(["kmer:6"], long_genome, out=tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
     (tmp_path / "masked.fa").write_text(">n\n" + "N" * 5000)
     with pytest.raises(InputError, match="no sequence for kmer:6"):
         compare(["kmer:6"], tmp_path)

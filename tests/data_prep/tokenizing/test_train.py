@@ -127,6 +127,7 @@ def test_kmers_need_no_genomes(genomes: Path, tmp_path: Path, capsys: pytest.Cap
     assert Codec(out).k == 6
     assert command("--kind", "overlapping-kmer", "--k", "3", "--out", str(out), "--genomes", str(genomes)) == 0
     assert (Codec(out).kind, Codec(out).k) == ("overlapping-kmer", 3)
+    assert f"--genomes {genomes}: not read; overlapping-kmer needs no sample" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,30 @@ def test_a_foreign_tokenizer_is_found(copy: Path, genomes: Path, tmp_path: Path,
         (lambda m: m["species"][1]["bases"].update({"in": 1}), "species coli: bases in are not"),
         (lambda m: m["tokenizer"].update(kind="kmer"), "tokenizer.kind is kmer, that of tokenizer.json is bpe"),
         (lambda m: m["duplicates"].update(near=10**6), "duplicates.near is 1000000"),
+        (lambda m: m["tokenizer"].update(k=6), "tokenizer.k is 6, that of tokenizer.json is None"),
+        (lambda m: m.update(run_bases=8190), "run_bases is 8190, but 8192 with tokenizer.json"),
+        (lambda m: m.update(minimum_tokens=5), "minimum_tokens is 5, but sequences are made of 8 tokens or more"),
+        (lambda m: m["order"].update(streams=10**6), "order.streams is 1000000, not from 1 to the "),
+        (lambda m: m["order"].update(streams=0), "order.streams is 0, not from 1 to the "),
+        (lambda m: m["order"].update(streams="8"), "lacks a key or holds a wrong value (TypeError"),
+        (lambda m: m["duplicates"].update({"exact": 0, "near": 0, "from": []}), "duplicates.exact is 0, but 2803 bases"),
+        (lambda m: m["duplicates"].update({"exact": 0, "near": 0, "from": []}), "duplicates.near is 0, but 352 bases"),
+        (
+            lambda m: m["species"][0]["bases"]["dropped"].update(near_duplicate=0, short_tail=382),
+            "duplicates.near is 6, but 0 bases were dropped as near_duplicate",
+        ),
+        (lambda m: m.update(duplicates_removed="none"), "duplicates.exact is 47, but duplicates_removed is none"),
+        (lambda m: m.update(duplicates_removed="exact"), "duplicates.near is 6, but duplicates_removed is exact"),
+        (lambda m: m.update(excluded={"sha256": "0" * 64, "sequences": 3}), "excluded.sequences is 3, but 0 bases were"),
+        (
+            lambda m: [m.pop(key) for key in ("duplicates", "strands")],
+            "made by an earlier version (no `strands`, `duplicates`); shard again",
+        ),
         (lambda m: m["files"].update(more="0" * 64), "has the sum of 'more'"),
         (lambda m: m["species"][1].pop("bases"), "lacks a key or holds a wrong value (KeyError('bases'))"),
         (lambda m: m.update(format_version=2), "format_version 2"),
         (lambda m: m.update(strands="sideways"), "lacks a key or holds a wrong value (TypeError"),
+        (lambda m: m.update(packing="tight"), "lacks a key or holds a wrong value (TypeError"),
         (lambda m: m.update(sequence_length="128"), "lacks a key or holds a wrong value (TypeError"),
     ],
 )
@@ -302,9 +322,13 @@ def change(row: int, **values: int) -> Callable[[list[Sequence]], list[Sequence]
         (lambda content: [*content, content[5]], "1 sequences of strand 1 overlap the one before; the first is at contig"),
         (
             lambda content: [*content, (np.full(30, 9, np.uint16), *content[5][1:])],
-            "length in tokens is not 1 to 18 30",
+            "length in tokens is not 8 to 18, but 30",
         ),
-        (lambda content: [(np.array([2, 9, 9], np.uint16), *content[0][1:])], "stands for no bases; first token 2"),
+        (lambda content: [(np.array([2, *[9] * 8], np.uint16), *content[0][1:])], "stands for no bases; first token 2"),
+        (
+            lambda content: [(content[0][0][:7], *content[0][1:]), *content[1:]],
+            "sequence 0: length in tokens is not 8 to 18",
+        ),
     ],
 )
 def test_nonsense_with_right_sums_is_found(
@@ -368,7 +392,7 @@ def test_blocks_are_named_and_many_problems_are_counted(tmp_path: Path) -> None:
         writer.add(np.full(9, 6, np.uint16), 0, 9 * number)
     rows = np.array([writer.close()], SHARD_ROW)
     bases = np.ones(7, np.int64)
-    rules = Rules(126, 7, (1,), bases, 0, 0, 1, np.array([0, 9 * 9 * 1024 + 9 + 1]))
+    rules = Rules(9, 126, 7, (1,), bases, 0, 0, 1, np.array([0, 9 * 9 * 1024 + 9 + 1]))
     (found,) = check_shards(tmp_path, "train", rows, rules)
     assert found.problems == [] and found.bases == 9 * (9 * 1024 + 1)
     assert found.runs is not None and found.runs.tolist() == [[0, found.bases]]
