@@ -2,8 +2,9 @@
 
 Both get the same bases and the same cores: P processes of one thread each, which take turns at both. Bare is
 `encode_batch_fast` on runs of 8,192 bases, whose tokens are thrown away. Ours reads the FASTA files (once to plan, once to
-build), cleans, cuts, tokenizes, packs, sketches for duplicates, writes tars with sums, and syncs them to disk. The first
-turn does not count; of the others the median does. What `finalize` takes, which has no bare counterpart, is told beside it.
+build), cleans, cuts, tokenizes, packs, sketches for duplicates, writes tars with sums, and syncs them to disk; once more
+without the sketches (`--duplicates none`). The first turn does not count; of the others the median does. What `finalize`
+takes, which has no bare counterpart, is told beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from threading import BrokenBarrierError
@@ -26,7 +28,7 @@ from data_prep.cli import InputError, add_verb, log
 from data_prep.codec import RUN_BASES, Codec
 from data_prep.finalize import finalize
 from data_prep.inputs.genomes import Genome, find_genomes, read_regions
-from data_prep.plan import Options, Plan, Unit, open_plan, units_of_task
+from data_prep.plan import UNIT_BASES, Options, Plan, Unit, open_plan, units_of_task
 from data_prep.processes import cores
 from data_prep.shard import build
 from data_prep.synthesize import synthesize
@@ -35,7 +37,7 @@ from data_prep.tokenizing.train import train
 CORPUS_BASES = 32_490_000_000  # of the paper's multi-species corpus
 NODE_CORES = 32  # of the node that hours are told for
 BATCH_RUNS = 128  # that bare gets at a time: as many bases as ours
-BASES, SPECIES, VOCAB_SIZE, SAMPLE_BASES = 16_000_000, 6, 4096, 3_000_000  # of the default, made-up genomes
+VOCAB_SIZE, SAMPLE_BASES = 4096, 3_000_000  # of the default tokenizer
 
 
 def register(verbs: Any) -> None:
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="data_prep-bench-") as name:
         folder, genomes, tokenizer = Path(name), args.genomes, args.tokenizer
         if genomes is None:
-            synthesize(folder / "made", bases=BASES, species=SPECIES)
+            log(f"making up {counts[-1]} genomes of {UNIT_BASES:,} bases, a unit of work for each process")
+            synthesize(folder / "made", bases=counts[-1] * UNIT_BASES, species=counts[-1])
             genomes = folder / "made" / "genomes"
         if tokenizer is None:
             tokenizer = folder / "tokenizer.json"
@@ -86,8 +89,8 @@ def _compare(
     dataset = folder / f"dataset-{processes}"
     size = sum(genome.size for genome in found)
     started = time.monotonic()
-    # Units of the usual size would be too few for all processes to end at about the same time.
-    options = Options(unit_bases=min(Options.unit_bases, max(2_000_000, size // (4 * processes))))
+    # As `shard` makes them, or smaller where all processes would not end at about the same time.
+    options = Options(unit_bases=min(UNIT_BASES, max(2_000_000, size // processes)))
     plan = open_plan(dataset, found, Codec(tokenizer), options)
     plan_seconds = (time.monotonic() - started) / processes  # `shard` reads the files in as many; starting them aside
     bases = sum(unit.bases for unit in plan.units)
@@ -103,7 +106,7 @@ def _compare(
     ]
     for worker in workers:
         worker.start()
-    times: dict[str, list[float]] = {"bare": [], "build": []}
+    times: dict[str, list[float]] = {"bare": [], "unsketched": [], "build": []}
     try:
         for turn in range(repeats + 1):
             for what in times:
@@ -123,20 +126,24 @@ def _compare(
     started = time.monotonic()
     finalize(dataset)
     finalize_seconds = time.monotonic() - started
-    bare, ours = (bases / statistics.median(times[what][1:]) for what in times)
-    shard = bases / (statistics.median(times["build"][1:]) + plan_seconds)
+    bare = bases / statistics.median(times["bare"][1:])
+    shard, unsketched = (bases / (statistics.median(times[what][1:]) + plan_seconds) for what in ("build", "unsketched"))
     log(
-        f"{processes} processes, {bases / 1e6:.1f} Mb: bare {bare / 1e6:.2f} Mb/s, ours {shard / 1e6:.2f} Mb/s "
-        f"({ours / 1e6:.2f} without planning), ratio {shard / bare:.3f}; then finalize {finalize_seconds:.2f} s"
+        f"{processes} processes, {bases / 1e6:.1f} Mb: bare {bare / 1e6:.2f} Mb/s, ours {shard / 1e6:.2f} Mb/s, ratio "
+        f"{shard / bare:.3f}; without duplicates {unsketched / 1e6:.2f} Mb/s, ratio {unsketched / bare:.3f}; "
+        f"finalize {finalize_seconds:.2f} s"
     )
     return {
         "processes": processes,
         "bases": bases,
         "ratio": shard / bare,
+        "ratio_without_duplicates": unsketched / bare,
         "bare_bases_per_second": bare,
         "shard_bases_per_second": shard,
+        "unsketched_bases_per_second": unsketched,
         "plan_seconds": plan_seconds,
         "build_seconds": times["build"],
+        "unsketched_seconds": times["unsketched"],
         "bare_seconds": times["bare"],
         "finalize_seconds": finalize_seconds,
     }
@@ -149,18 +156,18 @@ def _work(
     os.environ["RAYON_NUM_THREADS"] = "1"
     try:
         runs, bare, codec = _runs_of(genomes, plan, units), Tokenizer.from_file(str(tokenizer)), Codec(tokenizer)
-        mine = dataset  # the last turn's shards are what is finalized
+        unsketched = replace(plan, parameters={**plan.parameters, "duplicates_removed": "none"})
+        aside = dataset / f".turn-{units[0].number if units else 'none'}"
         for turn in range(turns):
             barrier.wait()
             for start in range(0, len(runs), BATCH_RUNS):
                 bare.encode_batch_fast(runs[start : start + BATCH_RUNS], add_special_tokens=False)
             barrier.wait()
-            mine = dataset if turn + 1 == turns else dataset / f".turn-{turn}-{units[0].number if units else 'none'}"
-            barrier.wait()
-            build(mine, genomes, plan, codec, units)
-            barrier.wait()
-            if mine != dataset:
-                shutil.rmtree(mine, ignore_errors=True)
+            for mine, each in ((aside, unsketched), (dataset if turn + 1 == turns else aside, plan)):
+                barrier.wait()
+                build(mine, genomes, each, codec, units)
+                barrier.wait()
+                shutil.rmtree(aside, ignore_errors=True)  # the last turn's shards are what is finalized
             barrier.wait()
     except BaseException:
         barrier.abort()

@@ -95,8 +95,11 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by a file holding `data`: a reader sees the old file or the new one, even across a power cut."""
+def write_atomically(path: Path, data: bytes, *, sync_directory: bool = True) -> None:
+    """Replace `path` by a file holding `data`: a reader sees the old file or the new one, even across a power cut.
+
+    Without `sync_directory` the caller has to make the new name durable, with others in one go.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -109,7 +112,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    if sync_directory:
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:

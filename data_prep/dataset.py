@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cli import InputError, write_atomically
+from data_prep.cli import InputError, fsync_directory, write_atomically
 from data_prep.storage import Cache, DamagedBlock, LocalStorage, Storage, open_storage
 
 FORMAT_VERSION = 1
@@ -157,10 +157,11 @@ class ShardWriter:
         return row
 
     def publish(self) -> None:
-        """Give a sealed shard its name."""
+        """Give a sealed shard its name, and its index."""
         if self._rows:
-            write_atomically(self.directory / f"{self.shard:06d}.index.npy", self._index)
+            write_atomically(self.directory / f"{self.shard:06d}.index.npy", self._index, sync_directory=False)
             os.replace(self._partial, self.path)
+            fsync_directory(self.directory)
 
     def abort(self) -> None:
         """Leave nothing behind."""

@@ -1,6 +1,6 @@
 """Takes sequences out of a dataset in the making: duplicates (duplicates/search.py) and what an exclusion list names.
 
-What is excluded goes first, so that nothing is a duplicate of it. Only the shards that lose sequences are written anew, aside
+What is excluded goes first, so nothing is a duplicate of it. Only the shards that lose sequences are written anew, aside
 in `.work/final/`, and moved over the old ones when they are durable. The unit's new marker, which lies there too until its
 shards are moved, is the journal: who finds it ends the move, so a kill at any instant leaves either the old unit or the new
 one.
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.audit.exclusions import Exclusions
-from data_prep.cli import InputError, dump_json, fsync_directory, log, progress, write_atomically
+from data_prep.cli import InputError, dump_json, log, progress, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import SPLITS, Block, ShardWriter, npy_bytes
 from data_prep.duplicates.partitions import SEQUENCE
@@ -177,7 +177,6 @@ def _copy(dataset: Path, split: str, row: np.void, keep: NDArray[np.bool_]) -> n
     except BaseException:
         writer.abort()
         raise
-    fsync_directory(final(dataset) / split)
     return new
 
 

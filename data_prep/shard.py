@@ -204,9 +204,8 @@ class _UnitBuilder:
                 f"{self.dataset}: `finalize` began before unit {self.unit.number} was built; run it again, and if it asks "
                 f"for that unit, remove {self.dataset} and shard again"
             )
-        for split, writer in self._writers.items():
+        for writer in self._writers.values():
             writer.publish()
-            fsync_directory(self.dataset / split)
         if self._sketcher is not None:
             self._sketcher.write(work(self.dataset), self.unit.number)
         return marker_of(self.unit.number, self.unit.species, self.packer.tally.as_json(), rows)

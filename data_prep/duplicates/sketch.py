@@ -132,7 +132,10 @@ class Sketcher:
             self._keys[self._split].append(hashes >> bits << bits | (row + self._sequences[self._split]).astype(np.uint64))
 
     def write(self, directory: Path, unit: int) -> None:
-        """Write the unit's two files, atomically. InputError if a unit holds more sequences than a row number can tell."""
+        """Write the unit's two files, atomically; the caller syncs the folder.
+
+        Raises InputError if the unit holds more sequences than a row number can tell.
+        """
         self._flush()
         sequences = sum(self._sequences)
         if sequences >= 1 << ROW_BITS:
@@ -153,8 +156,8 @@ class Sketcher:
         sketches = sketches[first]  # distinct
         row = (sketches & np.uint64((1 << ROW_BITS) - 1)).astype(np.int64)
         table["hashes"] = np.bincount(row, minlength=len(table))
-        write_atomically(hashes_path(directory, unit), npy_bytes(sketches.astype("<u8", copy=False)))
-        write_atomically(sequences_path(directory, unit), npy_bytes(table))
+        write_atomically(hashes_path(directory, unit), npy_bytes(sketches.astype("<u8", copy=False)), sync_directory=False)
+        write_atomically(sequences_path(directory, unit), npy_bytes(table), sync_directory=False)
 
 
 def _reverse_complements(k: int) -> NDArray[np.uint16]:
