@@ -54,8 +54,6 @@ def run_shard(args: argparse.Namespace) -> dict[str, Any]:
 def _shard(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     check_task(args)
-    if args.exclude is not None and args.num_tasks is not None:
-        raise InputError("--exclude: for `finalize` of an array; a task of it removes nothing")
     options = planning.Options(
         args.sequence_length,
         args.unit_bases,
@@ -103,7 +101,7 @@ def _shard(args: argparse.Namespace) -> dict[str, Any]:
     )
     if args.num_tasks is None:
         log(f"{args.out}: {removed(result)}")
-    if args.num_tasks is not None:
+    else:
         log(f"when all {args.num_tasks} tasks are done: python -m data_prep finalize {args.out}")
     return {**result, "units": len(units), "seconds": round(seconds, 3), "bases_per_second": round(bases / seconds)}
 
@@ -115,18 +113,18 @@ def removed(result: dict[str, Any]) -> str:
 
 
 def check_task(args: argparse.Namespace) -> None:
-    """Raise InputError unless --num-tasks and --task fit each other."""
+    """Raise InputError unless --num-tasks, --task and --exclude fit each other."""
     if (args.num_tasks is None) != (args.task is None):
         raise InputError("--num-tasks and --task go together")
     if args.num_tasks is not None and not 0 <= args.task < args.num_tasks:
         raise InputError(f"--task {args.task}: must be from 0 to --num-tasks - 1 = {args.num_tasks - 1}")
+    if args.exclude is not None and args.num_tasks is not None:
+        raise InputError("--exclude: for `finalize` without --num-tasks and --task; a task removes nothing")
 
 
 def run_finalize(args: argparse.Namespace) -> dict[str, Any]:
     """Merge what the tasks left, remove duplicates, commit the manifest; or do a task's part of the search for them."""
     check_task(args)
-    if args.exclude is not None and args.num_tasks is not None:
-        raise InputError("--exclude: without --num-tasks and --task; a task removes nothing")
     with writing(args.dataset):
         if args.num_tasks is not None:
             return prepare_removal(args.dataset, args.num_tasks, args.task)
@@ -167,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=planning.VALID_FRACTION,
         metavar="F",
-        help=f"share of the regions that go to validation (default: {planning.VALID_FRACTION})",
+        help=f"share of each species' bases that goes to validation, in whole regions (default: {planning.VALID_FRACTION})",
     )
     _number(verb, "--seed", 0, "chooses the validation regions")
     _number(

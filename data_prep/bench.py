@@ -3,8 +3,9 @@
 Both get the same bases and the same cores: P processes of one thread each, which take turns at both. Bare is
 `encode_batch_fast` on runs of 8,192 bases, whose tokens are thrown away. Ours reads the FASTA files (once to plan, once to
 build), cleans, cuts, tokenizes, packs, sketches for duplicates, writes tars with sums, and syncs them to disk; once more
-without the sketches (`--duplicates none`). The first turn does not count; of the others the median does. What `finalize`
-takes, which has no bare counterpart, is told beside it.
+without the sketches (`--duplicates none`). The first turn does not count; of the others the median does. Planning is
+timed once, in one process, and counts with its share, because `shard` reads the files in as many processes. What
+`finalize` takes, which has no bare counterpart, is told beside it.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _compare(
     # As `shard` makes them, or smaller where all processes would not end at about the same time.
     options = Options(unit_bases=min(UNIT_BASES, max(2_000_000, size // processes)))
     plan = open_plan(dataset, found, Codec(tokenizer), options)
-    plan_seconds = (time.monotonic() - started) / processes  # `shard` reads the files in as many; starting them aside
+    plan_seconds = (time.monotonic() - started) / processes
     bases = sum(unit.bases for unit in plan.units)
     context = get_context("spawn")
     barrier = context.Barrier(processes + 1)

@@ -15,6 +15,7 @@ from data_prep.audit.exclusions import read_exclusions
 from data_prep.cli import InputError, dump_json, fsync_directory, log, write_atomically
 from data_prep.codec import Codec
 from data_prep.dataset import FORMAT_VERSION, SHARD_ROW, SPLITS, Dataset, npy_bytes
+from data_prep.manifest import check_keys
 from data_prep.pack import DROPPED
 from data_prep.plan import Plan, load_plan, work
 from data_prep.removal import begin, built_markers, remove
@@ -35,8 +36,7 @@ def finalize(dataset: Path, exclude: Path | None = None) -> Dataset:
         with _alone(dataset):
             _commit(dataset, exclude)
     finished = Dataset(dataset)
-    if missing := [key for key in ("duplicates", "excluded") if key not in finished.manifest]:
-        raise InputError(f"{dataset}/manifest.json: made by an earlier version (no {', '.join(missing)}); shard again")
+    check_keys(f"{dataset}/manifest.json", finished.manifest)
     if exclude is not None and (finished.manifest["excluded"] or {}).get("sha256") != file_sha256(exclude):
         raise InputError(f"{dataset}: is finished, without --exclude {exclude}; shard again, with it, to another --out")
     # Left over by dead tasks or, after a crash between the manifest and here, by ourselves.

@@ -1,4 +1,4 @@
-"""What the manifest has beyond what training reads, for those who look at all of it: `verify` and `report`."""
+"""What the manifest has beyond what training reads, for those who look at all of it: `finalize`, `verify` and `report`."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cli import InputError, log, write_atomically
+from data_prep.plot_style import STYLE
 from pretrain.metrics import read_metrics
 
 # A light blue for the wide line, then of Okabe and Ito's colours ("Color Universal Design", 2008), which stay apart for
@@ -31,18 +32,6 @@ PANELS = {  # key of the records -> title
 GREY = "#808080"
 VALIDATION: dict[str, Any] = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
 SKIPPED: dict[str, Any] = {"linestyle": "", "marker": "x"}
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.plot_style import STYLE
+
 GROUPS = 11  # drawn by themselves
 BARS = 30  # of a chart of species
 LENGTHS = 8  # of tokens, that an axis has room for at least: few lengths must not make fat bars
@@ -32,18 +34,6 @@ COLOURS = (
     "#1b9e9e",
 )
 GREY = "#999999"
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-}
 
 
 @contextmanager
