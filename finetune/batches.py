@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.data import Tokens
+from finetune.tokens import Tokens
 from kernels.random import PURPOSE_DROPOUT, fork, root_key
 from pretrain.model import Packed
 
@@ -46,8 +46,10 @@ def pack(
     np.cumsum(lengths, out=cu_seqlens[1:])
     within = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)  # [t] token number in its sequence
     ids = tokens.ids[np.repeat(tokens.starts[rows], lengths) + within]
-    keys = None
+    types = keys = None
+    if tokens.seconds is not None:
+        types = torch.from_numpy(within >= np.repeat(tokens.seconds[rows] - tokens.starts[rows], lengths)).long()
     if seed is not None and positions is not None:
         sequence_keys = fork(np.array([root_key(seed, PURPOSE_DROPOUT)]), positions)
         keys = torch.from_numpy(fork(np.repeat(sequence_keys, lengths), within))
-    return Packed(torch.from_numpy(ids).long(), torch.from_numpy(cu_seqlens), int(lengths.max()), keys)
+    return Packed(torch.from_numpy(ids).long(), torch.from_numpy(cu_seqlens), int(lengths.max()), keys, types)

@@ -1,4 +1,4 @@
-"""The encoder with the published classification head: [CLS] -> Dense -> tanh -> dropout -> Linear.
+"""The encoder with the published classification head: pooled states -> Dense -> tanh -> dropout -> Linear.
 
 Names are those of a Hugging Face BertForSequenceClassification (`bert.pooler.dense`, `classifier`), around the
 encoder's own. Shapes in names as in pretrain/model.py; b sequences, c classes.
@@ -13,44 +13,68 @@ from torch import Tensor, nn
 
 import kernels
 from data_prep.cli import InputError
+from finetune.tasks import Pooling
 from kernels.random import root_key
 from pretrain.model import SITE_CLASSIFIER, Encoder, ModelConfig, Packed, initialize
 
 PURPOSE_HEAD = 33  # of the seed's children, see kernels.random; fine-tuning has the numbers from 32
 
 
+def pool(hidden_td: Tensor, batch: Packed, pooling: Pooling) -> Tensor:
+    """One vector a sequence [b, d]: the state of [CLS], or the mean over all of its tokens, [CLS] and [SEP] among them.
+
+    The mean over all tokens is what the published model's page computes; fp32 (fp64) whatever the states are.
+    """
+    if pooling == "cls":
+        return hidden_td[batch.cu_seqlens[:-1]]
+    lengths_b = batch.cu_seqlens.diff()
+    owner_t = torch.repeat_interleave(
+        torch.arange(len(lengths_b), device=hidden_td.device), lengths_b, output_size=len(hidden_td)
+    )
+    wide_td = hidden_td.to(torch.promote_types(hidden_td.dtype, torch.float32))
+    sums_bd = wide_td.new_zeros(len(lengths_b), hidden_td.shape[1]).index_add(0, owner_t, wide_td)
+    return sums_bd / lengths_b[:, None]
+
+
 class Pooler(nn.Module):
-    """tanh(Dense) of the first token of each sequence."""
+    """tanh(Dense) of one vector a sequence."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, first_bd: Tensor) -> Tensor:
-        return torch.tanh(self.dense(first_bd))
+    def forward(self, x_bd: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x_bd))
 
 
 class PooledEncoder(Encoder):
     """Token ids to one vector a sequence."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, pooling: Pooling) -> None:
         super().__init__(config)
-        self.pooler = Pooler(config)
+        self.pooler, self.pooling = Pooler(config), pooling
 
     def forward(self, batch: Packed) -> Tensor:
-        """Pooled [CLS] states, [b, d]."""
-        hidden_td: Tensor = super().forward(batch)
-        return self.pooler(hidden_td[batch.cu_seqlens[:-1]])
+        """[b, d], out of the pooler."""
+        return self.pooler(pool(super().forward(batch), batch, self.pooling))
+
+    def embed(self, batch: Packed) -> Tensor:
+        """Pooled states [b, d], as they are before the pooler's dense layer."""
+        return pool(super().forward(batch), batch, self.pooling)
 
 
 class Classifier(nn.Module):
-    """Sequences to class scores. Without dropout keys in the batch (evaluation) nothing is dropped."""
+    """Sequences to class scores, or to one number. Without dropout keys in the batch (evaluation) nothing is dropped."""
 
-    def __init__(self, config: ModelConfig, classes: int) -> None:
+    def __init__(self, config: ModelConfig, classes: int, pooling: Pooling = "cls") -> None:
         super().__init__()
-        self.bert = PooledEncoder(config)
+        self.bert = PooledEncoder(config, pooling)
         self.classifier = nn.Linear(config.hidden_size, classes)
         self.dropout_p = config.hidden_dropout_prob
+
+    @property
+    def outputs(self) -> int:
+        return self.classifier.out_features
 
     def forward(self, batch: Packed) -> Tensor:
         """Logits, fp32 [b, c]."""
@@ -60,7 +84,14 @@ class Classifier(nn.Module):
         return self.classifier(kernels.dropout(pooled_bd, self.dropout_p, keys_b, SITE_CLASSIFIER)).float()
 
 
-def build(config: ModelConfig, classes: int, weights: dict[str, Tensor] | None, seed: int, where: str) -> Classifier:
+def build(
+    config: ModelConfig,
+    classes: int,
+    weights: dict[str, Tensor] | None,
+    seed: int,
+    where: str,
+    pooling: Pooling = "cls",
+) -> Classifier:
     """A classifier with a fresh head and the encoder's `weights`, or fresh ones (None), drawn from `seed`.
 
     The head depends on the seed and the sizes alone, so that a pre-trained and a fresh encoder of one seed start with
@@ -68,7 +99,7 @@ def build(config: ModelConfig, classes: int, weights: dict[str, Tensor] | None, 
 
     Raises InputError naming `where` the weights come from and the tensor that is missing or has another shape.
     """
-    model = Classifier(config, classes)
+    model = Classifier(config, classes, pooling)
     initialize(model.bert, seed, config.initializer_range)
     head = nn.ModuleDict({"pooler": model.bert.pooler, "classifier": model.classifier})
     initialize(head, root_key(seed, PURPOSE_HEAD), config.initializer_range)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data_prep.cli import InputError, log
 from data_prep.tokenizing.train import train_bpe
+from finetune.results import RANDOM
 from pretrain.config import PRESETS
 from pretrain.model import ModelConfig
 
-RANDOM = "random"
 MINIMUM_OCCURRENCES = 5  # of a merge in the training sequences: an embedding that is seen less learns nothing
 
 
@@ -25,13 +25,16 @@ MINIMUM_OCCURRENCES = 5  # of a merge in the training sequences: an embedding th
 class Source:
     """A model before fine-tuning."""
 
-    label: str  # names the folder of its results
     where: str  # for messages
     config: ModelConfig
     tokenizer: Tokenizer
-    tokenizer_sha256: str
+    tokenizer_json: bytes  # the file's
     weights: dict[str, Tensor] | None  # None: drawn from the run's seed
     about: dict[str, Any]  # what a results file says of it
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return hashlib.sha256(self.tokenizer_json).hexdigest()
 
 
 def open_source(model: str, like: str | None, train_sequences: Iterable[str]) -> Source:
@@ -55,13 +58,11 @@ def open_source(model: str, like: str | None, train_sequences: Iterable[str]) ->
         raise InputError(f"{found.tokenizer}: not a Hugging Face tokenizer.json ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    name = path.resolve().name
     return Source(
-        label=name if like is None else f"{RANDOM}-like-{name}",
         where=str(path),
         config=found.config,
         tokenizer=tokenizer,
-        tokenizer_sha256=hashlib.sha256(data).hexdigest(),
+        tokenizer_json=data,
         weights=found.weights if like is None else None,
         about={"kind": "pretrained" if like is None else RANDOM, "path": str(path), "source": found.source},
     )
@@ -74,11 +75,10 @@ def _tiny(train_sequences: Iterable[str]) -> Source:
     tokenizer = train_bpe(train_sequences, config.vocab_size, MINIMUM_OCCURRENCES)
     config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
     return Source(
-        label=RANDOM,
         where=RANDOM,
         config=config,
         tokenizer=tokenizer,
-        tokenizer_sha256=hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        tokenizer_json=tokenizer.to_str().encode(),
         weights=None,
         about={"kind": RANDOM, "path": None, "source": {"architecture": preset.stem, "tokenizer": "BPE of train.csv"}},
     )

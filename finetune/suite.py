@@ -1,19 +1,86 @@
-"""All tasks below a folder x seeds with one model: `python -m finetune gue`, alone or as an element of a job array.
+"""All tasks below a folder x models x seeds: `python -m finetune gue`, alone or as an element of a job array.
 
-The runs have a fixed order: tasks by name, each with its seeds. `finetune.run` knows a run that is done, so the same command
-may be given again after anything, with more seeds, or divided in another way.
+The runs have a fixed order: tasks by name, then models, then seeds. `finetune.run` knows a run that is done, so the same
+command may be given again after anything, with more seeds or baselines, or divided in another way. With several GPUs each
+has a process of its own, which takes the next run when it is done with one; what happens to one of them fails that run
+and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import InputError, log, one_line
-from finetune.tasks import task_name
+from data_prep.cli import BAD_INPUT, FAILED, InputError, exit_status, log, one_line, stoppable
+from finetune.folders import check_splits, find_tasks
+from finetune.results import BASELINES, RANDOM, is_deterministic, label_of, method_of, result_path, write_failure
+from finetune.tasks import STRICT_SEEDS
 
-SPLIT_FILES = ("train.csv", "dev.csv", "test.csv")
+ENCODER_ONLY = ("label", "like", "learning_rate", "pooling")  # options that mean nothing to a baseline without encoder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the suite's runs."""
+
+    task: str
+    folder: Path
+    model: str
+    seed: int
+    options: Mapping[str, Any]  # of `finetune.run.run`
+
+    @property
+    def label(self) -> str:
+        options = self.options
+        method = method_of(self.model, options.get("method"))
+        return label_of(self.model, options.get("like"), options.get("label"), method, options.get("pooling"))
+
+    def result(self, out: Path) -> Path:
+        return result_path(out, self.task, self.label, self.seed)
+
+
+def plan_runs(
+    model: str,
+    data: Path,
+    *,
+    seeds: int = 3,
+    names: Sequence[str] | None = None,
+    baselines: Sequence[str] = (),
+    **options: Any,
+) -> list[Run]:
+    """Every run, in order. Fits that no seed changes are done once.
+
+    `baselines` are `kmer`, `cnn`, `random` (with the architecture and tokenizer of `model`) or other checkpoints.
+    Raises InputError where two models would have one label, or a task isn't there.
+    """
+    models: list[tuple[str, dict[str, Any]]] = [(model, dict(options))]
+    for baseline in baselines:
+        given = {key: value for key, value in options.items() if key != "label"}
+        if baseline in BASELINES:
+            given = {key: value for key, value in given.items() if key not in (*ENCODER_ONLY, "method")}
+        elif baseline == RANDOM:
+            given |= {"label": RANDOM if options.get("method") in (None, "full") else f"{RANDOM}-{options['method']}"}
+            given |= {"like": None if model in (RANDOM, *BASELINES) else model}
+        else:
+            given.pop("like", None)
+        models.append((baseline, given))
+    runs = []
+    for task, folder in find_tasks(data, names).items():
+        for chosen, given in models:
+            once = is_deterministic(chosen, method_of(chosen, given.get("method")))
+            runs += [Run(task, folder, chosen, seed, given) for seed in range(1 if once else seeds)]
+    labels = [Run("", data, chosen, 0, given).label for chosen, given in models]
+    for number, label in enumerate(labels):
+        if label in labels[:number]:
+            raise InputError(f"two of the models are called {label}; leave one out, or rename its folder")
+    return runs
 
 
 def gue(
@@ -24,64 +91,160 @@ def gue(
     seeds: int = 3,
     num_tasks: int | None = None,
     task: int | None = None,
-    names: Sequence[str] | None = None,
+    processes: int | None = None,
+    protocol: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Do every `num_tasks`-th run from number `task` on, or all of them; return what `--json` prints.
 
-    `names` chooses tasks such as tf/0; `options` are those of `finetune.run.run`. A run that fails doesn't keep the others
-    from being done. Raises at the end InputError when bad input was all that failed, RuntimeError when running again may
-    help.
+    `processes` is their number on a machine without GPU; on one with GPUs there is one a GPU. `options` are those of
+    `plan_runs` and `finetune.run.run`. A run that fails leaves a file that says so and doesn't keep the others from being
+    done. Raises at the end InputError when bad input was all that failed, RuntimeError when running again may help.
     """
-    from finetune.run import run  # here, because the rest of this module serves `slurm submit`, which imports no torch
-
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: must be at least 1")
+    if protocol == "strict" and seeds < STRICT_SEEDS:
+        raise InputError(f"--seeds {seeds}: the strict protocol has at least {STRICT_SEEDS}; leave out --protocol for a try")
     if (num_tasks is None) != (task is None):
         raise InputError("--num-tasks and --task go together")
     if num_tasks is not None and task is not None and not 0 <= task < num_tasks:
         raise InputError(f"--task {task}: must be from 0 to --num-tasks - 1 = {num_tasks - 1}")
-    folders = find_tasks(data, names)
-    runs = [(name, seed) for name in folders for seed in range(seeds)]
+    if processes is not None and processes < 1:
+        raise InputError(f"--processes {processes}: must be at least 1")
+    runs = plan_runs(model, data, seeds=seeds, protocol=protocol or "strict", **options)
     mine = runs[task or 0 :: num_tasks or 1]
-    results: list[dict[str, Any]] = []
-    failed: dict[str, Exception] = {}
-    for number, (name, seed) in enumerate(mine, 1):
-        log(f"run {number} of {len(mine)}: {name}, seed {seed}")
+    suite = _Suite(mine, out)
+    with stoppable():
+        suite.work(_devices(processes))
+    if suite.failed:
+        text = f"{len(suite.failed)} of {len(mine)} runs failed, the log says why: {', '.join(sorted(suite.failed))}"
+        raise InputError(text) if all(status == BAD_INPUT for status in suite.failed.values()) else RuntimeError(text)
+    done = [result for result in suite.results if result is not None]
+    return {"runs": len(mine), "already_done": sum(result["already_done"] for result in done), "results": done}
+
+
+def _devices(processes: int | None) -> list[dict[str, str]]:
+    """The environment of each process: which GPU it sees, or how many threads it has."""
+    import torch
+
+    if (gpus := torch.cuda.device_count()) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if len(visible) == gpus else [str(number) for number in range(gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    if gpus or processes is None or processes == 1:
+        return [{}]
+    return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}] * processes
+
+
+class _Suite:
+    """The runs still to do, and what has come of the others."""
+
+    def __init__(self, runs: Sequence[Run], out: Path) -> None:
+        self.runs, self.out = runs, out
+        self.results: list[dict[str, Any] | None] = [None] * len(runs)
+        self.failed: dict[str, int] = {}  # run -> exit status that its failure stands for
+
+    def work(self, devices: Sequence[Mapping[str, str]]) -> None:
+        """Do all runs; with one device in this process, else in a process for each."""
+        if len(devices) == 1:
+            for number in range(len(self.runs)):
+                self._do(number, lambda run: _execute(run, self.out))
+            return
+        left: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        for number in (*range(len(self.runs)), *[None] * len(devices)):
+            left.put(number)
+        workers = [_Worker(device, self.out) for device in devices]
+        threads = [threading.Thread(target=self._serve, args=(left, worker), daemon=True) for worker in workers]
         try:
-            results.append(run(model, folders[name], out, seed=seed, **options))
-        except (InputError, RuntimeError) as error:
-            log(f"{name}, seed {seed}, failed: {one_line(error)}")
-            failed[f"{name} seed {seed}"] = error
-    if failed:
-        bad_input = all(isinstance(error, InputError) for error in failed.values())
-        text = f"{len(failed)} of {len(mine)} runs failed, the log says why: {', '.join(failed)}"
-        raise InputError(text) if bad_input else RuntimeError(text)
-    return {"runs": len(mine), "already_done": sum(result["already_done"] for result in results), "results": results}
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.5)  # signals are heeded in between
+        finally:
+            for worker in workers:
+                worker.stop()
+
+    def _serve(self, left: queue.SimpleQueue[int | None], worker: _Worker) -> None:
+        while (number := left.get()) is not None:
+            self._do(number, worker.execute)
+
+    def _do(self, number: int, execute: Callable[[Run], dict[str, Any]]) -> None:
+        run = self.runs[number]
+        log(f"run {number + 1} of {len(self.runs)}: {run.task}, {run.label}, seed {run.seed}")
+        try:
+            self.results[number] = execute(run)
+        except (InputError, RuntimeError, OSError, MemoryError) as error:
+            log(f"{run.task}, {run.label}, seed {run.seed}, failed: {one_line(error)}")
+            status = exit_status(error)
+            self.failed[f"{run.task} {run.label} seed {run.seed}"] = status if status == BAD_INPUT else FAILED
+            try:
+                write_failure(run.result(self.out), run.task, run.label, run.seed, error)
+            except OSError as unwritable:
+                log(f"{self.out}: can't be written, so the failure isn't noted there: {unwritable.strerror}")
 
 
-def find_tasks(data: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
-    """The folders below `data` with the three CSV files, by the task's name, sorted; all of them, or those of `names`.
+class _Worker:
+    """A process that does one run after another; where it dies, the next run gets a new one."""
 
-    Raises InputError where there is none, or not one of `names`.
-    """
-    if not data.is_dir():
-        raise InputError(f"{data}: no such folder; give one with tasks in it, such as GUE")
-    folders = [path.parent for path in sorted(data.rglob(SPLIT_FILES[0]))]
-    folders = [folder for folder in folders if all((folder / name).is_file() for name in SPLIT_FILES)]
-    if not folders:
-        raise InputError(f"{data}: no folder with {', '.join(SPLIT_FILES)} in it")
-    tasks: dict[str, Path] = {}
-    for folder in folders:
-        other = tasks.setdefault(task_name(folder), folder)
-        if other != folder:
-            raise InputError(f"{other} and {folder} are both called {task_name(folder)}; rename one")
-    if unknown := sorted(set(names or ()) - tasks.keys()):
-        raise InputError(f"{data}: has no task {', '.join(unknown)}; it has {', '.join(sorted(tasks))}")
-    return {name: tasks[name] for name in sorted(tasks) if not names or name in names}
+    def __init__(self, device: Mapping[str, str], out: Path) -> None:
+        self.device, self.out = dict(device), out
+        self._begin()
+
+    def _begin(self) -> None:
+        context = get_context("spawn")  # a fork can't use a GPU
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve_runs, args=(theirs, self.device, self.out), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its end is seen
+
+    def execute(self, run: Run) -> dict[str, Any]:
+        """The run's result, or what it raised; RuntimeError where the process died."""
+        try:
+            self.pipe.send(run)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            self._begin()
+            raise RuntimeError("its process died; the log may say why, or it ran out of memory") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return dict(answer)
+
+    def stop(self) -> None:
+        self.process.terminate()
 
 
-def results_files(data: Path, out: Path, label: str, seeds: int, names: Sequence[str] | None = None) -> list[Path]:
-    """Where all runs of a model called `label` leave their results; see `finetune.run`."""
-    tasks = find_tasks(data, names)
-    return [out / task.replace("/", "__") / label / f"seed-{seed}.json" for task in tasks for seed in range(seeds)]
+def _serve_runs(pipe: Connection, device: Mapping[str, str], out: Path) -> None:
+    """In a process of its own: do what comes, until nothing comes any more."""
+    os.environ.update(device)  # CUDA reads it when it starts
+    if threads := device.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads))
+    while True:
+        try:
+            run = pipe.recv()
+        except EOFError:  # the suite is done, or was killed
+            return
+        try:
+            answer: object = _execute(run, out)
+        except (InputError, RuntimeError, OSError, MemoryError) as error:
+            answer = error
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+def _execute(run: Run, out: Path) -> dict[str, Any]:
+    """Do one run; in a process of its own or in this one."""
+    from finetune.run import run as run_once  # here: the rest of this module serves `slurm/pipeline.py`, which has no torch
+
+    check_splits(run.folder)
+    return run_once(run.model, run.folder, out, seed=run.seed, **run.options)
+
+
+def results_files(model: str, data: Path, out: Path, **options: Any) -> list[Path]:
+    """Where all runs leave their results; the arguments are those of `plan_runs`."""
+    return [run.result(out) for run in plan_runs(model, data, **options)]

@@ -46,19 +46,25 @@ def export_run(run_dir: Path, out: Path, step: int | None = None) -> dict[str, A
     """
     model = read_run(Path(run_dir), step)
     out = Path(out)
-    with _whole_directory(out) as partial:
-        (partial / "config.json").write_bytes(dump_json(huggingface_config(model.config)))
-        save_file(published_state_dict(model.weights), partial / "model.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(model.tokenizer, partial / "tokenizer.json")
-        (partial / "tokenizer_config.json").write_bytes(dump_json(_tokenizer_config()))
-        shutil.copyfile(Path(__file__).with_name("hf_modeling.py"), partial / f"{MODELING}.py")
-        (partial / "README.md").write_text(_model_card(model))
+    with whole_directory(out) as partial:
+        tensors = published_state_dict(model.weights)
+        write_files(partial, huggingface_config(model.config), tensors, model.tokenizer.read_bytes(), _model_card(model))
     return {
         "out": str(out),
         "step": model.source["step"],
         "parameters": sum(tensor.numel() for tensor in model.weights.values()),
         "files": sorted(path.name for path in out.iterdir()),
     }
+
+
+def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: bytes, model_card: str) -> None:
+    """Everything that `from_pretrained` needs, and README.md."""
+    (folder / "config.json").write_bytes(dump_json(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    (folder / "tokenizer_config.json").write_bytes(dump_json(_tokenizer_config()))
+    shutil.copyfile(Path(__file__).with_name("hf_modeling.py"), folder / f"{MODELING}.py")
+    (folder / "README.md").write_text(model_card)
 
 
 def import_directory(directory: Path, run_dir: Path, like: Path | None = None) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def import_directory(directory: Path, run_dir: Path, like: Path | None = None) -
         model = read_huggingface(directory)
         fragments = (checkpoint.Fragment(name, 0, {"weight": t.flatten()}) for name, t in model.weights.items())
         state = {}
-    with _whole_directory(run_dir) as partial:
+    with whole_directory(run_dir) as partial:
         shutil.copyfile(model.tokenizer, partial / "tokenizer.json")
         checkpoint.save(
             partial,
@@ -185,7 +191,7 @@ load it too; the latter's pooler and classifier start from random weights. The l
 
 
 @contextmanager
-def _whole_directory(out: Path) -> Iterator[Path]:
+def whole_directory(out: Path) -> Iterator[Path]:
     """A new directory to fill that becomes `out` when the block ends without an error, and else leaves nothing behind.
 
     Raises InputError when `out` exists and isn't an empty directory.

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 class DNABERT2Config(PretrainedConfig):
     """Sizes of a DNABERT-2. The keys of the published config.json, so either model code reads the same file.
 
-    `add_pooling_layer` says that the weights include a trained pooler; those of pre-training do not.
+    `add_pooling_layer` says that the weights include a trained pooler; those of pre-training do not. `pooling` is what the
+    pooler sees: the state of [CLS], or the mean over all tokens of a sequence.
     `alibi_starting_size` and `max_position_embeddings` are read by the published code only: there is no longest input.
     """
 
@@ -45,12 +46,15 @@ class DNABERT2Config(PretrainedConfig):
         alibi_starting_size=512,
         max_position_embeddings=512,
         add_pooling_layer=False,
+        pooling="cls",
         pad_token_id=3,
         tie_word_embeddings=True,
         **kwargs,
     ):
         if hidden_act != "gelu":
             raise ValueError(f"hidden_act {hidden_act!r}: DNABERT-2 has the exact gelu")
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling {pooling!r}: expected cls or mean")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -66,6 +70,7 @@ class DNABERT2Config(PretrainedConfig):
         self.alibi_starting_size = alibi_starting_size
         self.max_position_embeddings = max_position_embeddings
         self.add_pooling_layer = add_pooling_layer
+        self.pooling = pooling
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -200,7 +205,7 @@ class DNABERT2Pooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x):
-        return torch.tanh(self.dense(x[:, 0]))
+        return torch.tanh(self.dense(x))
 
 
 class DNABERT2PreTrainedModel(PreTrainedModel):
@@ -267,7 +272,12 @@ class DNABERT2Model(DNABERT2PreTrainedModel):
         x, hidden, attentions = self.encoder(x, bias, output_attentions, output_hidden_states)
         if mask is not None:
             x = x.masked_fill(~mask[:, :, None], 0.0)
-        pooled = x[:, 0] if self.pooler is None else self.pooler(x)
+        if self.config.pooling == "mean":
+            pooled = x.mean(1) if mask is None else x.sum(1) / mask.sum(1, keepdim=True)
+        else:
+            pooled = x[:, 0]
+        if self.pooler is not None:
+            pooled = self.pooler(pooled)
         output = BaseModelOutputWithPooling(
             last_hidden_state=x, pooler_output=pooled, hidden_states=hidden, attentions=attentions
         )

@@ -31,7 +31,8 @@ from typing import Any
 import yaml
 
 from data_prep.cli import InputError, dump_json, log, write_atomically
-from finetune.suite import find_tasks, results_files
+from finetune.folders import check_splits, find_tasks
+from finetune.suite import results_files
 from slurm.pipeline_file import Finetune, Pipeline, Pretrain, flatten, read_config, read_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,12 +205,19 @@ def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, give
 def _fine_tuning(section: Finetune, data: Path, out: Path, trained: bool) -> Iterator[Stage]:
     model, results, table = out / "hf", out / "results", out / "report" / "table.md"
     options = {"data": str(data)} | section.options()
-    section.check(find_tasks(data, section.tasks))
-    files = results_files(data, results, section.label or model.name, section.seeds, section.tasks)
+    tasks = find_tasks(data, section.tasks)
+    for name, path in tasks.items():
+        try:
+            check_splits(path)  # now, not days later
+        except InputError as error:
+            others = ", ".join(other for other in tasks if other != name)
+            raise InputError(f"finetune: {error}; or leave it out with finetune.tasks: [{others}]") from None
+    section.check(tasks)
+    files = results_files(str(model), data, results, **section.planned())
     # Results of a model that is to be trained further are not its results; the runs themselves look at its weights.
     made = trained and all(file.is_file() for file in files)
     arguments = ["gue", f"--model={model}", f"--out={results}", *_flags(options)]
-    arguments += ["--tasks", *section.tasks] if section.tasks else []
+    arguments += section.words()
     yield Stage("finetune", "finetune", arguments, results, made, options, ("seeds",), array=section.array)
     made = made and table.is_file() and table.stat().st_mtime >= max(file.stat().st_mtime for file in files)
     yield Stage("report", "finetune", ["report", str(results), f"--out={table.parent}"], table, made)

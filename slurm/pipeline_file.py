@@ -10,14 +10,14 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml.constructor import ConstructorError
 
 from data_prep.cli import InputError
-from finetune.tasks import settings_for
+from finetune.tasks import STRICT_SEEDS, Settings, settings_for
 
 PRESETS = Path(__file__).resolve().parents[1] / "pretrain" / "configs"
 Text = Annotated[str, Field(min_length=1)]
@@ -40,6 +40,8 @@ TAKEN = (
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=lambda name: name.replace("_", "-"))
 
+    LISTS: ClassVar[tuple[str, ...]] = ()  # fields of which a value is no single word behind `--name=`
+
     @model_validator(mode="before")
     @classmethod
     def _empty(cls, value: Any) -> Any:
@@ -47,7 +49,7 @@ class Section(BaseModel):
 
     def options(self) -> dict[str, str]:
         """The options of the verb that are given."""
-        given = self.model_dump(by_alias=True, exclude_none=True, exclude={"array", "file", "tasks"})
+        given = self.model_dump(by_alias=True, exclude_none=True, exclude={"array", "file", *self.LISTS})
         return {name: str(value) for name, value in given.items()}
 
 
@@ -104,7 +106,12 @@ class Finetune(Section):
     array: int = Field(1, ge=1)  # jobs that share the work
     seeds: int = Field(3, ge=1)
     tasks: list[str] | None = Field(None, min_length=1)  # such as [tf/0, mouse/1]; None: all
+    baselines: list[str] | None = Field(None, min_length=1)  # such as [random, kmer, cnn]
     label: str | None = Field(None, pattern="^[A-Za-z0-9][A-Za-z0-9._+-]*$")  # names a folder
+    protocol: Literal["strict", "paper"] | None = None
+    method: Literal["full", "lora", "probe"] | None = None
+    pooling: Literal["cls", "mean"] | None = None
+    best_by: Literal["loss", "score"] | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
     epochs: int | None = None
@@ -112,16 +119,40 @@ class Finetune(Section):
     warmup_steps: int | None = None
     weight_decay: float | None = None
     eval_every: int | None = None
+    patience: int | None = None
     max_length: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    clean: Literal["true", "false"] | None = None
     dtype: Literal["fp32", "bf16"] | None = None
     kernels: Literal["auto", "triton", "torch"] | None = None
+    processes: int | None = None
+    sequence_columns: list[str] | None = Field(None, min_length=1)
+    label_column: str | None = None
+    kind: Literal["classification", "regression"] | None = None
+
+    LISTS = ("tasks", "baselines", "sequence_columns", "clean")
+
+    def words(self) -> list[str]:
+        """The arguments that `options` doesn't have."""
+        given = {name: getattr(self, name) for name in self.LISTS[:-1]}
+        words = [word for name, values in given.items() if values for word in (f"--{name.replace('_', '-')}", *values)]
+        return [*words, "--clean"] if self.clean == "true" else words
+
+    def planned(self) -> dict[str, Any]:
+        """What decides which runs there are; see `finetune.suite.plan_runs`."""
+        options: dict[str, Any] = self.model_dump(include={"seeds", "label", "method", "pooling"})
+        return options | {"names": self.tasks, "baselines": self.baselines or []}
 
     def check(self, tasks: Iterable[str]) -> None:
         """InputError where a run of one of these tasks would refuse its settings, days later."""
-        changes = self.model_dump(exclude={"array", "seeds", "tasks", "label", "kernels"})
+        if self.protocol == "strict" and self.seeds < STRICT_SEEDS:
+            raise InputError(f"finetune: seeds is {self.seeds}; the strict protocol has at least {STRICT_SEEDS}")
+        changes = self.model_dump(include=set(Settings.model_fields) - {"clean"})
         for task in tasks:
             try:
-                settings = settings_for(task, **changes)
+                settings = settings_for(task, self.protocol or "strict", **changes)
             except InputError as error:
                 raise InputError(f"finetune: {error}") from None
             if settings.max_steps is not None and settings.warmup_steps >= settings.max_steps:

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from data_prep.dataset import SPECIALS
 from data_prep.tokenizing.train import train_bpe
-from finetune.data import Tokens, read_task, tokenize
+from finetune.data import read_task
+from finetune.tokens import Tokens, tokenize
 from pretrain.model import MaskedLanguageModel, ModelConfig, initialize
 
 Row = tuple[str, int | str]

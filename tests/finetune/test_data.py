@@ -8,7 +8,9 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
 from data_prep.tokenizing.kmer_tokenizer import kmer_json
-from finetune.data import read_rows, read_task, tokenize
+from finetune.batches import pack
+from finetune.data import Columns, read_rows, read_task
+from finetune.tokens import tokenize
 
 
 def test_a_task_says_its_classes_and_rows(small_task):
@@ -38,8 +40,8 @@ def test_csv_as_people_write_it(tmp_path):
         ("train", "sequence,lable\nACGT,0\n", "train.csv, line 1: no column 'label'"),
         ("train", "seq,label\nACGT,0\n", "train.csv, line 1: no column 'sequence'"),
         ("test", "sequence,label\nACGT,0\nACGT,yes\n", "test.csv, line 3: label 'yes' is not an integer"),
-        ("test", "sequence,label\nACGT,1.0\n", "test.csv, line 2: label '1.0' is not an integer"),
-        ("test", "sequence,label\nACGT,-1\n", "test.csv, line 2: label '-1' is not an integer"),
+        ("test", "sequence,label\nACGT,1.0\n", "test.csv, line 2: label '1.0' is no class 0 to C-1"),
+        ("test", "sequence,label\nACGT,-1\n", "test.csv, line 2: label '-1' is no class 0 to C-1"),
         ("test", "sequence,label\nACGT,\n", "test.csv, line 2: label '' is not an integer"),
         ("dev", "sequence,label\nACGT,0\n,1\n", "dev.csv, line 3: the sequence is empty"),
         ("dev", "sequence,label\nACGT\n", "dev.csv, line 2: 1 fields where the header has 2"),
@@ -62,8 +64,10 @@ def test_bad_bytes_are_named_with_their_line(small_task):
 
 
 def test_missing_files_and_folders(small_task):
-    (small_task / "dev.csv").unlink()
-    with pytest.raises(InputError, match=r"dev.csv: not found"):
+    (small_task / "train.csv").rename(small_task / "training.csv")
+    with pytest.raises(
+        InputError, match=r"train.csv: not found; .*columns sequence,label.* it has dev.csv, test.csv, training.csv"
+    ):
         read_task(small_task)
     with pytest.raises(InputError, match="no such folder"):
         read_task(small_task / "nothing")
@@ -95,7 +99,7 @@ def test_truncation_keeps_sep_and_is_counted(small_task, bases_tokenizer):
 def test_more_sequences_than_are_tokenized_at_once(small_task, bases_tokenizer, monkeypatch):
     rows = read_rows(small_task / "train.csv")
     whole = tokenize(rows, bases_tokenizer, 9, None)
-    monkeypatch.setattr("finetune.data._TOKENIZED_AT_ONCE", 3)
+    monkeypatch.setattr("finetune.tokens._AT_ONCE", 3)
     parts = tokenize(rows, bases_tokenizer, 9, None)
     assert np.array_equal(whole.ids, parts.ids)
     assert np.array_equal(whole.starts, parts.starts)
@@ -142,3 +146,78 @@ def test_a_sequence_shorter_than_a_kmer_is_named(small_task):
     path.write_text("sequence,label\nACGTACGTA,0\nAC,1\n")
     with pytest.raises(InputError, match=r"dev.csv, line 3: 'AC' has no token under the model's tokenizer of 3-mers"):
         tokenize(read_rows(path), tokenizer, tokenizer.get_vocab_size(), None)
+
+
+def lines(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def test_one_file_is_split_by_its_sequences_and_equal_ones_stay_together(tmp_path, planted):
+    text = (planted / "train.csv").read_text()
+    path = tmp_path / "mine.csv"
+    path.write_text(text + text.split("\n", 1)[1])  # each row twice
+    task = read_task(path)
+    assert task.name.endswith("/mine") and task.made == {"test": "mine.csv", "dev": "mine.csv"}
+    texts = {split: set(rows.sequences) for split, rows in task.splits.items()}
+    assert not texts["train"] & texts["dev"] and not texts["train"] & texts["test"] and not texts["dev"] & texts["test"]
+    sizes = {split: len(rows.labels) for split, rows in task.splits.items()}
+    assert sum(sizes.values()) == 1200 and all(60 <= sizes[split] <= 180 for split in ("dev", "test"))
+    # other rows around it don't move a row to another split
+    path.write_text("\n".join(["sequence,label", *text.splitlines()[201:]]) + "\n")
+    assert set(read_task(path).splits["test"].sequences) <= texts["test"]
+
+
+def test_dev_alone_is_split_off_train_and_the_test_file_stays(small_task, planted):
+    (small_task / "train.csv").write_text((planted / "train.csv").read_text())
+    (small_task / "dev.csv").unlink()
+    task = read_task(small_task)
+    assert task.made == {"dev": "train.csv"} and len(task.splits["test"].labels) == 8
+    (small_task / "dev.csv").write_text("sequence,label\nACGT,0\nACGTT,1\n")
+    (small_task / "dev.csv").rename(small_task / "validation.csv")
+    assert read_task(small_task).made == {}
+
+
+def test_a_task_of_the_benchmark_must_have_its_own_splits(tmp_path, small_task):
+    folder = tmp_path / "copies" / "human_tf_3"
+    folder.parent.mkdir()
+    small_task.rename(folder)
+    assert read_task(folder).name == "tf/3"
+    (folder / "test.csv").unlink()
+    with pytest.raises(InputError, match=r"test.csv: not found, and tf/3 is a task of the benchmark"):
+        read_task(folder)
+
+
+def test_pairs_are_two_columns_with_types_and_the_longer_one_is_cut(tmp_path, bases_tokenizer):
+    rows = [("ACGT", "TT", 0), ("A", "GGGGGGGG", 1)] * 30
+    path = lines(tmp_path / "train.csv", "seq_a,seq_b,label", rows)
+    read = read_rows(path)
+    assert read.seconds is not None and read.seconds[:2] == ["TT", "GGGGGGGG"]
+    tokens = tokenize(read, bases_tokenizer, 9, None)
+    assert tokens.ids[:9].tolist() == [1, 5, 6, 7, 8, 2, 8, 8, 2]
+    batch = pack(tokens, np.array([0, 1]))
+    assert batch.token_types_t is not None
+    assert batch.token_types_t.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1] + [0] * 3 + [1] * 9
+    cut = tokenize(read, bases_tokenizer, 9, 8)
+    assert cut.truncated == 60
+    assert cut.ids[:8].tolist() == [1, 5, 6, 7, 2, 8, 8, 2] and cut.ids[8:16].tolist() == [1, 5, 2, 7, 7, 7, 7, 2]
+
+
+def test_pairs_in_the_two_columns_that_are_not_the_label(tmp_path):
+    path = lines(tmp_path / "train.csv", "enhancer,promoter,label", [("ACGT", "TT", 0)])
+    assert read_rows(path).seconds == ["TT"]
+    assert read_rows(path, Columns(("promoter",))).seconds is None
+
+
+def test_numbers_with_a_decimal_point_are_regression(tmp_path, small_task):
+    rows = [(f"ACGT{'A' * number}", number / 7) for number in range(100)]
+    task = read_task(lines(tmp_path / "mine.csv", "sequence,label", rows))
+    assert (task.kind, task.classes) == ("regression", 1)
+    assert task.splits["train"].labels.dtype == np.float64
+    assert read_task(small_task, Columns(kind="regression")).kind == "regression"
+    with pytest.raises(InputError, match=r"mine.csv, line 2: label '0.0' is not an integer"):
+        read_task(tmp_path / "mine.csv", Columns(kind="classification"))
+    rows[4] = ("ACGT", "nan")
+    with pytest.raises(InputError, match=r"mine.csv, line 6: label 'nan' is not a finite number"):
+        read_task(lines(tmp_path / "mine.csv", "sequence,label", rows), Columns(kind="regression"))

@@ -6,6 +6,7 @@ import torch
 
 from data_prep.cli import InputError
 from finetune.batches import pack
+from finetune.metrics import Objective
 from finetune.model import Classifier, build, encoder_sha256
 from finetune.tasks import Settings
 from finetune.train import predict
@@ -59,14 +60,14 @@ def test_weights_that_do_not_fit_are_refused_by_name(small_config, pretrained):
 def test_logits_do_not_depend_on_the_rest_of_the_batch(small_config, planted_tokens, monkeypatch):
     tokens = planted_tokens["test"]
     model = build(small_config, 2, None, 0, "random")
-    whole = predict(model, tokens, Settings(), CPU)
+    whole = predict(model, tokens, Objective(2), Settings(), CPU)
     with torch.inference_mode():
         alone = [model(pack(tokens, np.array([row])))[0].numpy() for row in range(len(tokens.labels))]
     assert np.abs(whole - np.stack(alone)).max() < 1e-6
     import finetune.train
 
     monkeypatch.setattr(finetune.train, "micro_batches", lambda lengths: [np.arange(len(lengths))[::-1]])
-    assert np.abs(whole - predict(model, tokens, Settings(), CPU)).max() < 1e-6
+    assert np.abs(whole - predict(model, tokens, Objective(2), Settings(), CPU)).max() < 1e-6
 
 
 def test_dropout_does_not_depend_on_the_rest_of_the_batch(small_config, planted_tokens):

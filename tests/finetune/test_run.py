@@ -43,7 +43,7 @@ def test_a_results_file_has_what_it_takes_to_repeat_the_run(finished, planted):
     train = result["data"]["train"]
     assert (train["rows"], train["rows_a_class"], train["truncated"]) == (600, [300, 300], 0)
     assert len(train["sha256"]) == 64
-    assert set(result["environment"]["versions"]) == {"python", "torch", "numpy", "scikit-learn", "tokenizers"}
+    assert set(result["environment"]["versions"]) >= {"python", "torch", "numpy", "scikit-learn", "tokenizers"}
     assert [entry["step"] for entry in result["curves"]] == [15, 30, 40]
     assert result["best_step"] in (15, 30, 40)
     assert result["train_tokens"] > 40 * 32 * 3
@@ -58,7 +58,7 @@ def test_the_signal_is_learnt_and_the_score_is_that_of_the_stored_predictions(fi
         assert result["test"]["mcc"] == matthews_corrcoef(arrays["test_labels"], predicted)
         assert arrays["dev_logits"].shape == (100, 2)
     assert result["test"]["mcc"] > 0.5
-    assert result["dev"]["loss"] == min(entry["dev_loss"] for entry in result["curves"])
+    assert result["dev"]["mcc"] == max(entry["dev_mcc"] for entry in result["curves"])
 
 
 def test_the_same_command_elsewhere_gives_the_same_numbers(finished, planted, tmp_path):
@@ -146,9 +146,9 @@ def test_a_missing_split_and_a_results_folder_that_is_a_file_are_status_2(small_
     blocked.write_text("")
     assert run(command(small_task, blocked, "--batch-size", "4")) == 2
     assert "results can't be written there" in capsys.readouterr().err
-    (small_task / "dev.csv").unlink()
+    (small_task / "train.csv").unlink()
     assert run(command(small_task, tmp_path / "out")) == 2
-    assert "dev.csv: not found" in capsys.readouterr().err
+    assert "train.csv: not found" in capsys.readouterr().err
 
 
 def test_a_run_whose_loss_explodes_leaves_no_score(small_task, tmp_path, capsys):

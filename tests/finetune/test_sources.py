@@ -10,7 +10,7 @@ from finetune.sources import open_source
 
 def test_a_checkpoint_gives_weights_tokenizer_and_name(huggingface, small_config):
     source = open_source(str(huggingface), None, [])
-    assert (source.label, source.config) == ("my model", small_config)
+    assert source.config == small_config
     assert source.weights is not None
     assert source.weights["bert.embeddings.word_embeddings.weight"].shape == (9, 32)
     assert source.tokenizer_sha256 == hashlib.sha256((huggingface / "tokenizer.json").read_bytes()).hexdigest()
@@ -21,13 +21,13 @@ def test_a_checkpoint_gives_weights_tokenizer_and_name(huggingface, small_config
 
 def test_random_like_a_checkpoint_has_its_shape_and_tokenizer_only(huggingface, small_config):
     source = open_source("random", str(huggingface), [])
-    assert (source.label, source.config, source.weights) == ("random-like-my model", small_config, None)
+    assert (source.config, source.weights) == (small_config, None)
     assert source.about["kind"] == "random"
 
 
 def test_random_alone_is_the_tiny_preset_with_a_tokenizer_of_the_task():
     source = open_source("random", None, ["ACGTACGTTGCA" * 5] * 10)
-    assert (source.label, source.weights) == ("random", None)
+    assert source.weights is None
     assert source.config.hidden_size == 128
     again = open_source("random", None, ["ACGTACGTTGCA" * 5] * 10)
     assert source.tokenizer_sha256 == again.tokenizer_sha256

@@ -6,34 +6,26 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import InputError
-from finetune.report import PUBLISHED_FILE
-from finetune.tasks import PUBLISHED, PUBLISHED_MAX_LENGTH, metric_of, settings_for, task_name
+from finetune.folders import task_name
+from finetune.report.collect import PUBLISHED_FILE
+from finetune.tasks import GROUPS, PUBLISHED, PUBLISHED_MAX_LENGTH, metric_of, settings_for
 
 
-def test_table_has_the_28_tasks_of_the_published_scores():
+def test_table_has_the_28_tasks_of_the_published_scores_and_8_of_gue_plus():
     published = json.loads(PUBLISHED_FILE.read_text())
-    assert set(PUBLISHED) == set(published["scores"])
-    assert len(PUBLISHED) == 28
+    assert set(PUBLISHED) > set(published["scores"]) == {task for tasks in GROUPS.values() for task in tasks}
+    assert (len(PUBLISHED), len(published["scores"])) == (36, 28)
     assert all(len(row) == len(published["models"]) == 10 for row in published["scores"].values())
-    for task in PUBLISHED:
+    for task in published["scores"]:
         assert sum(task.startswith(prefix) for prefix in PUBLISHED_MAX_LENGTH) == 1
 
 
 def test_published_means_follow_from_the_published_scores():
     published = json.loads(PUBLISHED_FILE.read_text())
-    starts = {
-        "all": "",
-        "EMP": "EMP/",
-        "PD": "prom/prom_300",
-        "TF-H": "tf/",
-        "CPD": "prom/prom_core",
-        "TF-M": "mouse/",
-        "CVC": "virus/",
-        "SSD": "splice/",
-    }
-    assert set(starts) == set(published["means"])
-    for group, start in starts.items():
-        rows = [scores for task, scores in published["scores"].items() if task.startswith(start)]
+    groups = GROUPS | {"all": tuple(published["scores"])}
+    assert set(groups) == set(published["means"])
+    for group, tasks in groups.items():
+        rows = [published["scores"][task] for task in tasks]
         means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         assert means == pytest.approx(published["means"][group], abs=0.0101)
 
@@ -82,10 +74,34 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
         ("/data/mine/enhancers", "mine/enhancers"),
         ("/enhancers", "enhancers"),
         ("/data/gue", "data/gue"),
+        ("/data/GUE_v2/EMP/H3K4me3", "EMP/H3K4me3"),
+        ("/copies/emp_H3", "EMP/H3"),
+        ("/copies/GUE/human_tf_0", "tf/0"),
+        ("/copies/tf_1", "tf/1"),
+        ("/copies/GUE/prom_core_all", "prom/prom_core_all"),
+        ("/copies/splice_reconstructed", "splice/reconstructed"),
+        ("/copies/GUE/virus_covid", "virus/covid"),
+        ("/data/GUE+/EPI/HeLa-S3", "EPI/HeLa-S3"),
+        ("/data/GUE_plus/fungi_species_20", "fungi_species_20"),
+        ("/mine/H3", "mine/H3"),
+        ("/mine/0", "mine/0"),
+        ("/mine/enhancers.csv", "mine/enhancers"),
     ],
 )
 def test_task_name(folder, name):
     assert task_name(Path(folder)) == name
+
+
+def test_the_two_protocols_differ_in_what_is_chosen_and_truncated():
+    strict, paper = settings_for("splice/reconstructed"), settings_for("splice/reconstructed", "paper")
+    assert (strict.best_by, strict.max_length, paper.best_by, paper.max_length) == ("score", None, "loss", 80)
+    same = {"best_by", "max_length"}
+    assert strict.model_dump(exclude=same) == paper.model_dump(exclude=same)
+    assert settings_for("splice/reconstructed", "paper", max_length=90).max_length == 90
+    assert settings_for("my/own", "paper").max_length is None
+    assert settings_for("tf/0", method="lora").learning_rate == 1e-4
+    assert settings_for("EPI/K562").learning_rate == 2e-5
+    assert settings_for("tf/0", method="probe").pooling == "mean"
 
 
 def test_covid_is_scored_by_f1():

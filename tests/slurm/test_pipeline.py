@@ -209,6 +209,22 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_submitted(inputs, ca
         assert f"{inputs}/pipeline.yaml: " in err
 
 
+def test_lists_and_flags_of_fine_tuning_reach_its_command(inputs, capfd):
+    text = "finetune: {baselines: [random, kmer], tasks: [tf/0], clean: true, method: lora, protocol: strict}\n"
+    command = dry_run(capfd, write(inputs, text))["finetune"]
+    assert "--method=lora" in command and "--protocol=strict" in command
+    assert command.count("--tasks tf/0 --baselines random kmer --clean") == 1
+    status, _, err = submit(capfd, write(inputs, "finetune: {protocol: strict, seeds: 1}\n"), "--dry-run")
+    assert status == 2 and "seeds is 1; the strict protocol has at least 3" in err
+
+
+def test_a_task_without_a_split_is_found_before_its_jobs_are_submitted(inputs, capfd):
+    (inputs / "GUE" / "tf" / "1" / "train.csv").unlink()
+    status, _, err = submit(capfd, write(inputs, ""), "--dry-run")
+    assert status == 2 and "tf/1/train.csv: not found" in err and "finetune.tasks: [tf/0]" in err
+    assert dry_run(capfd, write(inputs, "finetune: {tasks: [tf/0]}\n"))
+
+
 def test_the_example_can_be_read():
     example = read_pipeline(ROOT / "slurm" / "pipeline.yaml")
     assert "--time=24:00:00" in example.sbatch.arguments("pretrain")  # not YAML's 86400, which would be minutes
