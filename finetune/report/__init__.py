@@ -1,0 +1,1 @@
+"""What the runs of a results folder come to: means, intervals and tests, beside the published scores."""
