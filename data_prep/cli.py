@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -95,17 +95,19 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, data: bytes, *, sync_directory: bool = True) -> None:
-    """Replace `path` by a file holding `data`: a reader sees the old file or the new one, even across a power cut.
+@contextmanager
+def replacing(path: Path, *, sync_directory: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when the block ends without an error, and else goes.
 
-    Without `sync_directory` the caller has to make the new name durable, with others in one go.
+    A reader sees the old file or the new one, even across a power cut. Without `sync_directory` the caller has to make the
+    new name durable, with others in one go.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with os.fdopen(handle, "w+b") as stream, writing(path):
             os.fchmod(stream.fileno(), 0o644)  # mkstemp makes 0600; other users of a cluster read our files
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(name, path)
@@ -114,6 +116,12 @@ def write_atomically(path: Path, data: bytes, *, sync_directory: bool = True) ->
         raise
     if sync_directory:
         fsync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, *, sync_directory: bool = True) -> None:
+    """Replace `path` by a file holding `data`; see `replacing`."""
+    with replacing(path, sync_directory=sync_directory) as stream:
+        stream.write(data)
 
 
 def fsync_directory(path: Path) -> None:

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.cli import InputError, log
+from data_prep.cli import InputError, log, replacing
 from finetune.data import Rows
 from finetune.export import FineTuned, read_fine_tuned
-from finetune.inference import replacing
 from finetune.sequences import COLUMN, Named, read_sequences
 from finetune.tasks import Settings
 from finetune.tokens import tokenize
