@@ -8,10 +8,13 @@ and no other.
 
 from __future__ import annotations
 
+import io
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -228,13 +231,29 @@ def _serve_runs(pipe: Connection, device: Mapping[str, str], out: Path) -> None:
         except EOFError:  # the suite is done, or was killed
             return
         try:
-            answer: object = _execute(run, out)
+            with redirect_stderr(_Prefixed(f"{run.task} {run.label} {run.seed} | ")):
+                answer: object = _execute(run, out)
         except (InputError, RuntimeError, OSError, MemoryError) as error:
             answer = error
         try:
             pipe.send(answer)
         except OSError:
             return
+
+
+class _Prefixed(io.TextIOBase):
+    """Standard error with the run's name before each line: the lines of several processes come mixed."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.stream, self.line = prefix, sys.stderr, ""
+
+    def write(self, text: str) -> int:
+        *whole, self.line = (self.line + text).split("\n")
+        self.stream.write("".join(f"{self.prefix}{line}\n" for line in whole))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def _execute(run: Run, out: Path) -> dict[str, Any]:

@@ -101,12 +101,14 @@ def test_tasks_are_found_below_any_folder(benchmark, tmp_path):
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_baselines_stand_beside_the_model_and_fits_without_a_seed_are_done_once(benchmark, tmp_path, capsys, processes):
-    out = tmp_path / "results"
+def test_baselines_stand_beside_the_model_and_fits_without_a_seed_are_done_once(benchmark, tmp_path, capfd, processes):
+    out, capsys = tmp_path / "results", capfd
     more = ["--seeds", "2", "--tasks", "lone", "a/x", "--processes", processes, "--eval-every", "1"]
     assert gue(benchmark, out, *more, "--baselines", "kmer", "cnn", "--learning-rate", "1e-4") == 0
-    result = last(capsys)
+    printed, err = capfd.readouterr()
+    result = json.loads(printed.splitlines()[-1])
     assert (result["runs"], result["already_done"]) == (10, 0)
+    assert ("\nlone cnn 1 | step 2/2: train loss" in err) == (processes == "2")
     files = {path.relative_to(out).as_posix(): json.loads(path.read_text()) for path in out.rglob("seed-?.json")}
     labels = [f"random/seed-{seed}" for seed in (0, 1)] + ["kmer-logistic/seed-0"] + [f"cnn/seed-{seed}" for seed in (0, 1)]
     assert sorted(files) == sorted(f"{task}/{label}.json" for task in ("a__x", "lone") for label in labels)
