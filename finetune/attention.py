@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.sequence is not None:
         sequence = Named("sequence", args.sequence.strip(), "--sequence")
     else:
-        sequence = find_sequence(args.input, args.record, column=args.column, most=opened.most_bases)
+        sequence = find_sequence(args.input, args.record, column=args.column, most=opened.encoder.most_bases)
     maps = attention_maps(opened, sequence, layers)
     with replacing(args.out / "attention.npz") as stream:
         np.savez(

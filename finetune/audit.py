@@ -24,9 +24,8 @@ from tokenizers import Tokenizer
 from data_prep.cli import InputError, log, one_line, write_atomically
 from data_prep.codec import TextEncoder
 from finetune.audit_report import as_csv, as_line, as_markdown
-from finetune.data import MOST_CLASSES, Columns, Rows, read_rows
+from finetune.data import MOST_CLASSES, Columns, Rows, read_rows, strandless
 from finetune.folders import SPLITS, find_tasks, split_files, task_name
-from finetune.leaks import strandless
 from finetune.options import add_columns, columns
 from finetune.tasks import published_max_length
 

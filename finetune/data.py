@@ -13,12 +13,14 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.audit.evaluations import is_dna
 from data_prep.cli import InputError
 from finetune.folders import SPLITS, check_splits, split_files, task_name
 
@@ -27,6 +29,7 @@ SPLIT_SHARES = {"test": 0.1, "dev": 0.1}  # of the sequences, where a user's own
 MOST_CLASSES = 1000  # a larger label is a target of regression, or a number of something
 _INTEGER = re.compile(r"[0-9]{1,9}")
 _OTHER = re.compile(r"[^ACGT]")
+_COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")  # with the codes of IUPAC; the others stay
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Task:
     name: str
     classes: int  # 1: regression
     splits: dict[str, Rows]  # train, dev and test
+    columns: tuple[str, ...] = ("sequence", "label")  # of the files: one of sequences or two of pairs, then the label
     made: dict[str, str] = field(default_factory=dict)  # split -> what it was split off, for those that have no file
 
     @property
@@ -92,8 +96,8 @@ class Task:
 def read_task(path: Path, columns: Columns | None = None) -> Task:
     """Read the files of a task's folder, or one CSV file; the number of classes is what the labels say.
 
-    Splits for which a user's own data has no file are split off by a hash of the sequence, so that equal rows stay
-    together, the same ones for every seed.
+    Splits for which a user's own data has no file are split off by a hash of the sequence, so that rows that are equal on
+    either strand stay together, the same ones for every seed.
 
     Raises InputError naming file and line: a missing or empty file, a column that is not there, an empty sequence,
     labels that are not 0 to C-1, a class that train doesn't have.
@@ -102,9 +106,11 @@ def read_task(path: Path, columns: Columns | None = None) -> Task:
     check_splits(path)
     files = {"train": path} if path.is_file() else split_files(path)
     tables = {split: _read_table(file, columns) for split, file in files.items()}
-    pairs = {split: len(table.columns) for split, table in tables.items()}
-    if len(set(pairs.values())) > 1:
-        raise InputError(f"{path}: its files don't have the same columns of sequences: {pairs}")
+    found = {split: ",".join(table.columns) for split, table in tables.items()}
+    if len(set(found.values())) > 1:
+        raise InputError(
+            f"{path}: its files don't have the same columns: {found}; name them: --sequence-columns, --label-column"
+        )
     kind = columns.kind or _kind(list(tables.values()))
     splits = {split: table.rows(kind) for split, table in tables.items()}
     made: dict[str, str] = {}
@@ -116,13 +122,13 @@ def read_task(path: Path, columns: Columns | None = None) -> Task:
             splits["train"], splits[split] = splits["train"].take(~taken), splits["train"].take(taken)
             made[split] = files["train"].name
     splits = {split: splits[split] for split in SPLITS}
-    classes = 1 if kind == "regression" else _classes(splits)
+    classes = 1 if kind == "regression" else _classes(splits, made)
     if kind == "regression" and np.ptp(splits["train"].labels) == 0:
         raise InputError(f"{splits['train'].path}: every label is the same; there is nothing to learn")
-    return Task(task_name(path), classes, splits, made)
+    return Task(task_name(path), classes, splits, tables["train"].columns, made)
 
 
-def _classes(splits: dict[str, Rows]) -> int:
+def _classes(splits: dict[str, Rows], made: dict[str, str]) -> int:
     """C, where the labels are 0 to C-1 and train has each of them."""
     largest = max(splits.values(), key=lambda rows: int(rows.labels.max()))
     line = int(largest.lines[largest.labels.argmax()])
@@ -130,6 +136,12 @@ def _classes(splits: dict[str, Rows]) -> int:
     present = np.unique(splits["train"].labels)
     if len(present) < classes:
         absent = int(np.setdiff1d(np.arange(min(classes, len(present) + 1)), present)[0])
+        for split in made:
+            if absent in splits[split].labels:
+                raise InputError(
+                    f"{splits['train'].path}: all rows of class {absent} have come into {split}, which was split off it; "
+                    f"give a {split}.csv, or more rows of that class"
+                )
         raise InputError(
             f"{splits['train'].path}: has no row of class {absent}, but {largest.path}, line {line} has label "
             f"{classes - 1}; labels must be 0 to C-1, each of them present in train.csv "
@@ -144,11 +156,19 @@ def _classes(splits: dict[str, Rows]) -> int:
     return classes
 
 
+def strandless(text: str) -> bytes:
+    """One name for a sequence and its reverse complement, in upper case; of a pair each part by itself."""
+    parts = []
+    for part in text.upper().encode("ascii", "replace").split(b" "):
+        parts.append(min(part, part.translate(_COMPLEMENT)[::-1]))
+    return b" ".join(parts)
+
+
 def _chosen(texts: Sequence[str], split: str, share: float) -> NDArray[np.bool_]:
     """Which rows are split off; a row and its equals are or are not, whatever else is in the file."""
 
     def draw(text: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{split} {text}".encode()).digest()[:8], "big") / 2**64
+        return int.from_bytes(hashlib.sha256(split.encode() + b" " + strandless(text)).digest()[:8], "big") / 2**64
 
     return np.array([draw(text) < share for text in texts], dtype=np.bool_)
 
@@ -158,7 +178,7 @@ class _Table:
     """A CSV file, its labels still text."""
 
     path: Path
-    columns: tuple[str, ...]  # of the sequences
+    columns: tuple[str, ...]  # of the sequences, then of the label
     sequences: list[list[str]]  # a list a column
     labels: list[str]
     lines: list[int]
@@ -195,7 +215,7 @@ def as_number(text: str) -> float | None:
 
 
 def _kind(tables: Sequence[_Table]) -> Kind:
-    """Regression where a label has a decimal point or a sign, and every label is a number."""
+    """Regression where every label is a number and one has decimals; InputError for -1 and 1.0, which may be either."""
     labels = [label for table in tables for label in table.labels]
     if all(_INTEGER.fullmatch(label) for label in labels) or any(as_number(label) is None for label in labels):
         return "classification"
@@ -227,10 +247,11 @@ def _read_table(path: Path, columns: Columns) -> _Table:
         header = [name.strip() for name in next(reader, [])]
         if not header:
             raise InputError(f"{path}: the file is empty; expected a header line `sequence,label` and rows")
-        names, label_name = columns_of(path, header, columns)
+        first = next((row for row in reader if row), [])
+        names, label_name = columns_of(path, header, columns, first)
         places, label_place = [header.index(name) for name in names], header.index(label_name)
         sequences: list[list[str]] = [[] for _ in names]
-        for row in reader:
+        for row in chain([first], reader):
             if not row:
                 continue  # a blank line, often the last
             where = f"{path}, line {reader.line_num}"
@@ -246,26 +267,29 @@ def _read_table(path: Path, columns: Columns) -> _Table:
         raise InputError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
     if not labels:
         raise InputError(f"{path}: has a header but no rows")
-    return _Table(path, names, sequences, labels, lines, hashlib.sha256(data).hexdigest())
+    return _Table(path, (*names, label_name), sequences, labels, lines, hashlib.sha256(data).hexdigest())
 
 
-def columns_of(path: Path, header: Sequence[str], columns: Columns) -> tuple[tuple[str, ...], str]:
+def columns_of(path: Path, header: Sequence[str], columns: Columns, first: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """Names of the columns of sequences and of the label.
 
-    Where nothing is said: `label`, and `sequence`, or two columns whose names begin with `seq` or `sentence`, or the only
-    two others, as in GUE+'s pairs of enhancer and promoter. Raises InputError.
+    Where nothing is said: `label`, and `sequence`, or one or two columns whose names begin with `seq`, or the only two
+    others if the `first` row has DNA in both, as in GUE+'s pairs of enhancer and promoter. Raises InputError.
     """
     label = columns.label or "label"
     wanted = columns.sequences
     if wanted is None:
         others = [name for name in header if name != label]
-        alike = [name for name in others if name.lower().startswith(("seq", "sentence"))]
+        alike = [name for name in others if name.lower().startswith("seq")]
+        values = dict(zip(header, first, strict=False))
         if "sequence" in others:
             wanted = ("sequence",)
-        elif len(alike) == 2:
+        elif len(alike) in (1, 2):
             wanted = tuple(alike)
+        elif len(others) == 2 and all(is_dna(values.get(name, "").strip()) for name in others):
+            wanted = tuple(others)
         else:
-            wanted = tuple(others) if len(others) == 2 and label in header else ("sequence",)
+            wanted = ("sequence",)
     for name in (*wanted, label):
         if name not in header:
             raise InputError(

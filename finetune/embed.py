@@ -101,7 +101,14 @@ def embed(
     if max_length is not None and not 3 <= max_length <= MAX_SEQUENCE:
         raise InputError(f"--max-length {max_length}: must be from 3 to {MAX_SEQUENCE}")
     opened = open_model(model, dtype=dtype, kernels=kernels, longest=max_length or MAX_SEQUENCE)
-    read = partial(read_sequences, source, column=column, window=window, most=opened.most_bases, least=opened.least_bases)
+    read = partial(
+        read_sequences,
+        source,
+        column=column,
+        window=window,
+        most=opened.encoder.most_bases,
+        least=opened.encoder.least_bases,
+    )
     about = opened.about() | {"pooling": pooling, "hidden": opened.config.hidden_size, "input": str(source)}
     about |= {"window": window, "max_length": max_length}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +147,7 @@ def embeddings(
 def _checked(opened: Opened, sequences: Iterable[Named], max_length: int | None) -> Iterator[Named]:
     """The sequences; those that could have no token or too many are tokenized, and refused if they do."""
     for sequence in sequences:
-        if not opened.least_bases <= len(sequence.text) <= LONGEST:
+        if not opened.encoder.least_bases <= len(sequence.text) <= LONGEST:
             opened.encode([sequence], max_length)
         yield sequence
 

@@ -24,6 +24,7 @@ from data_prep.codec import TextEncoder
 from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from finetune.metrics import Objective
 from finetune.model import Classifier
+from finetune.results import fingerprint
 from finetune.sources import Source
 from pretrain.hf import huggingface_config, whole_directory, write_files
 from pretrain.model import ModelConfig
@@ -57,6 +58,7 @@ def export_classifier(model: Classifier, objective: Objective, source: Source, r
     about = {
         key: result[key] for key in ("task", "kind", "metric", "method", "protocol", "seed", "dev", "test", "test_clean")
     }
+    about["run_sha256"] = fingerprint(result)
     config = huggingface_config(source.config) | {
         "architectures": [CLASSIFIER],
         "add_pooling_layer": True,
@@ -86,6 +88,14 @@ def is_fine_tuned(directory: Path) -> bool:
         return CLASSIFIER in json.loads((directory / "config.json").read_bytes()).get("architectures", [])
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def run_of(directory: Path) -> str | None:
+    """The `results.fingerprint` of the run whose model this is; None for anything else."""
+    if not is_fine_tuned(directory):
+        return None
+    about = json.loads((directory / "config.json").read_bytes()).get("fine_tuned")
+    return about.get("run_sha256") if isinstance(about, dict) else None
 
 
 def read_fine_tuned(directory: Path) -> FineTuned:

@@ -1,14 +1,15 @@
 """Where tasks lie: folders of train.csv, dev.csv and test.csv, single CSV files, and which of GUE's tasks a folder is.
 
 A task is known by its folder below the benchmark's, such as `tf/0`. Copies of GUE that name their folders otherwise
-(`emp_H3`, `human_tf_0`, `GUE/prom_core_all`) are recognised; a folder that is none of its tasks keeps its own name.
+(`emp_H3`, `human_tf_0`, `GUE/mouse_0`) are recognised; a folder that is none of its tasks keeps its own name, and so does a
+single file.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.cli import InputError
@@ -24,23 +25,22 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-# Names under which copies of the benchmark keep its tasks.
-_ALIASES = {_plain(task): task for task in PUBLISHED}
-_ALIASES |= {_plain(task.split("/")[1]): task for task in PUBLISHED if task.startswith(("prom/", "virus/"))}
+# Names under which copies of the benchmark keep its tasks. The short ones could be anybody's: they count below GUE only.
+_SHORT = {_plain(task): task for task in PUBLISHED if task.startswith(("tf/", "mouse/"))}
+_ALIASES = {_plain(task): task for task in PUBLISHED if task not in _SHORT.values()}
+_ALIASES |= {_plain(task.split("/")[1]): task for task in PUBLISHED if task.startswith("prom/")}
 _ALIASES |= {f"human_{_plain(task)}": task for task in PUBLISHED if task.startswith("tf/")}
-_ALIASES |= {_plain(task.replace("reconstructed", "")): task for task in PUBLISHED if task.startswith("splice/")}
 
 
 def task_name(path: Path) -> str:
-    """The folder below its nearest parent called GUE, or its last two parts: `GUE/tf/0` is `tf/0`; of a file, its name."""
+    """The folder below its nearest parent called GUE, or its last two parts: `GUE/tf/0` is `tf/0`."""
     parts = Path(os.path.abspath(path)).parts  # a link keeps the name it was given
-    if path.suffix == ".csv":
-        parts = (*parts[:-1], path.stem)
     benchmark = [number for number, part in enumerate(parts[:-1]) if part.lower() in BENCHMARKS]
     name = "/".join(parts[benchmark[-1] + 1 :] if benchmark else parts[1:][-2:])
     if name in PUBLISHED or path.suffix == ".csv":
         return name
-    return _ALIASES.get(_plain(name)) or _ALIASES.get(_plain(parts[-1])) or name
+    aliases = _ALIASES | (_SHORT if benchmark else {})
+    return aliases.get(_plain(name)) or aliases.get(_plain(parts[-1])) or name
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -73,6 +73,18 @@ def check_splits(path: Path) -> None:
         )
 
 
+def _folders(data: Path, wanted: set[str]) -> Iterator[Path]:
+    """Folders with a file of one of these names; links are followed, each place is visited once."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(data, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        if wanted & set(files):
+            yield Path(folder)
+
+
 def _other_files(folder: Path) -> str:
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return f"; it has {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else "; the folder is empty"
@@ -87,7 +99,7 @@ def find_tasks(data: Path, names: Sequence[str] | None = None) -> dict[str, Path
         raise InputError(f"{data}: no such folder; give one with tasks in it, such as GUE")
     wanted = {name for names in FILE_NAMES.values() for name in names}
     tasks: dict[str, Path] = {}
-    for folder in sorted({path.parent for path in data.rglob("*.csv") if path.name in wanted}):
+    for folder in sorted(_folders(data, wanted)):
         other = tasks.setdefault(task_name(folder), folder)
         if other != folder:
             raise InputError(f"{other} and {folder} are both called {task_name(folder)}; rename one")

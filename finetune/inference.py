@@ -22,7 +22,6 @@ from torch import Tensor
 
 from data_prep.cli import InputError
 from data_prep.dataset import SPECIALS
-from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from finetune.batches import micro_batches, pack
 from finetune.export import is_fine_tuned, read_fine_tuned
 from finetune.sequences import Named
@@ -52,21 +51,6 @@ class Opened:
     bf16: bool
     kernels: dict[str, str]  # what computes each operation
 
-    @property
-    def overlapping(self) -> bool:
-        """Whether a base stands in several tokens."""
-        return self.encoder.content.kind == OVERLAPPING
-
-    @property
-    def least_bases(self) -> int:
-        """Fewer have no token."""
-        return (self.encoder.content.k or 1) if self.overlapping else 1
-
-    @property
-    def most_bases(self) -> int:
-        """More are over the longest sequence whatever the letters are."""
-        return LONGEST * max(len(token) for token in self.tokenizer.get_vocab() if token not in SPECIALS)
-
     def encode(self, sequences: Sequence[Named], max_length: int | None = None) -> tuple[list[Ids], int]:
         """Content tokens of each sequence, and how many sequences lost their end because of `max_length`.
 
@@ -89,7 +73,7 @@ class Opened:
 
     def token_starts(self, text: str, ids: Ids) -> NDArray[np.int64]:
         """Where in `text` each of its content tokens begins, and where the last one ends [tokens + 1]."""
-        if self.overlapping:
+        if self.encoder.overlapping:
             return np.append(np.arange(len(ids)), len(text))
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         if encoding.ids != ids.tolist():

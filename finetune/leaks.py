@@ -10,17 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data import Rows, Task
-
-_COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")  # with the codes of IUPAC; the others stay
-
-
-def strandless(text: str) -> bytes:
-    """One name for a sequence and its reverse complement, in upper case; of a pair each part by itself."""
-    parts = []
-    for part in text.upper().encode("ascii", "replace").split(b" "):
-        parts.append(min(part, part.translate(_COMPLEMENT)[::-1]))
-    return b" ".join(parts)
+from finetune.data import Rows, Task, strandless
 
 
 def held_by(rows: Rows, others: Iterable[Rows]) -> NDArray[np.bool_]:

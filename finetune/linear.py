@@ -22,7 +22,7 @@ ITERATIONS = 300
 
 def fit_linear(
     features: Mapping[str, Any], labels: Mapping[str, NDArray[Any]], objective: Objective, best_by: str
-) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, Any]], float]:
+) -> tuple[dict[str, NDArray[Any]], list[dict[str, Any]], float]:
     """Fit on train, choose on dev.
 
     Args:
@@ -30,7 +30,7 @@ def fit_linear(
         labels: [rows] of train and dev.
 
     Returns:
-        Outputs (`Objective.outputs`) of dev and test, fp32 [rows, classes]; of each penalty its dev loss and score; the
+        Outputs (`Objective.outputs`) of dev and test, [rows, classes]; of each penalty its dev loss and score; the
         chosen one.
     """
     from sklearn.preprocessing import StandardScaler
@@ -38,7 +38,7 @@ def fit_linear(
     scaler = StandardScaler(with_mean=not hasattr(features["train"], "tocsr")).fit(features["train"])
     scaled = {split: scaler.transform(values) for split, values in features.items()}
     curves: list[dict[str, Any]] = []
-    best: tuple[tuple[float, float], float, dict[str, NDArray[np.float32]]] | None = None
+    best: tuple[tuple[float, float], float, dict[str, NDArray[Any]]] | None = None
     for penalty in PENALTIES:
         started = time.monotonic()
         outputs = _fit(scaled, objective.targets(labels["train"]), objective, penalty)
@@ -57,7 +57,7 @@ def fit_linear(
 
 def _fit(
     scaled: Mapping[str, Any], targets_n: NDArray[Any], objective: Objective, penalty: float
-) -> dict[str, NDArray[np.float32]]:
+) -> dict[str, NDArray[Any]]:
     """Outputs of dev and test."""
     if objective.classes == 1:
         from sklearn.linear_model import Ridge

@@ -42,18 +42,18 @@ class Objective:
         """What a model is trained to put out: classes int64 [n], or standardized numbers fp32 [n]."""
         return labels_n if self.classes > 1 else ((labels_n - self.mean) / self.sd).astype(np.float32)
 
-    def outputs(self, raw_nc: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits as they are; predicted numbers in the labels' unit. fp32 [n, classes]."""
-        return raw_nc if self.classes > 1 else (raw_nc * self.sd + self.mean).astype(np.float32)
+    def outputs(self, raw_nc: NDArray[np.float32]) -> NDArray[Any]:
+        """Logits as they are, fp32; predicted numbers in the labels' unit, fp64. [n, classes]."""
+        return raw_nc if self.classes > 1 else raw_nc.astype(np.float64) * self.sd + self.mean
 
-    def evaluate(self, outputs_nc: NDArray[np.float32], labels_n: NDArray[Any]) -> dict[str, float]:
+    def evaluate(self, outputs_nc: NDArray[Any], labels_n: NDArray[Any]) -> dict[str, float]:
         """`loss` (cross entropy, or squared error of standardized labels) and scores."""
         if self.classes > 1:
             return {"loss": cross_entropy(outputs_nc, labels_n), **scores(outputs_nc, labels_n)}
-        mse = float(np.square(outputs_nc[:, 0].astype(np.float64) - labels_n).mean())
+        mse = float(np.square(outputs_nc[:, 0] - labels_n).mean())
         return {"loss": mse / self.sd**2, "mse": mse, **correlations(outputs_nc[:, 0], labels_n)}
 
-    def collapsed(self, outputs_nc: NDArray[np.float32]) -> bool:
+    def collapsed(self, outputs_nc: NDArray[Any]) -> bool:
         """Whether the same is predicted throughout: a run that failed, whose score says nothing about the model."""
         if self.classes > 1:
             return len(np.unique(outputs_nc.argmax(-1))) == 1
@@ -74,12 +74,13 @@ def scores(logits_nc: NDArray[np.float32], labels_n: NDArray[np.int64]) -> dict[
     }
 
 
-def correlations(predicted_n: NDArray[np.float32], labels_n: NDArray[np.float64]) -> dict[str, float]:
+def correlations(predicted_n: NDArray[Any], labels_n: NDArray[np.float64]) -> dict[str, float]:
     """Pearson's and Spearman's correlation and R^2; a correlation with something constant is 0."""
     from scipy.stats import rankdata
 
     def pearson(x: NDArray[Any], y: NDArray[Any]) -> float:
-        x, y = x.astype(np.float64) - x.mean(), y.astype(np.float64) - y.mean()
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        x, y = x - x.mean(), y - y.mean()
         norm = float(np.sqrt((x**2).sum() * (y**2).sum()))
         return float((x * y).sum()) / norm if norm > 0 else 0.0
 

@@ -24,7 +24,7 @@ from finetune.data import Rows
 from finetune.export import FineTuned, read_fine_tuned
 from finetune.sequences import COLUMN, Named, read_sequences
 from finetune.tasks import Settings
-from finetune.tokens import tokenize
+from finetune.tokens import Encoder, tokenize
 from finetune.train import predict as outputs_of
 from kernels import MAX_SEQUENCE
 from pretrain.implementations import choose_alone
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header(tuned))
-        for inputs in _chunks(_inputs(args.input, args.columns, args.window)):
+        for inputs in _chunks(_inputs(args.input, args.columns, args.window, tuned)):
             outputs = outputs_of(
                 tuned.model, _tokens(args.input, inputs, tuned, settings), tuned.objective, settings, device
             )
@@ -110,18 +110,20 @@ def header(tuned: FineTuned) -> list[str]:
     return ["name", "class", *[f"probability_{number}" for number in range(classes)]]
 
 
-def row_of(values: NDArray[np.float32]) -> list[str]:
+def row_of(values: NDArray[Any]) -> list[str]:
     """The number; or the class and the probability of each."""
     if len(values) == 1:
-        return [f"{values[0]:.6g}"]
+        return [f"{values[0]:.9g}"]
     wide = values.astype(np.float64)
     chances = np.exp(wide - wide.max())
     return [str(int(values.argmax())), *[f"{chance:.6f}" for chance in chances / chances.sum()]]
 
 
-def _inputs(path: Path, columns: Sequence[str], window: int | None) -> Iterator[_Input]:
+def _inputs(path: Path, columns: Sequence[str], window: int | None, tuned: FineTuned) -> Iterator[_Input]:
+    encoder = Encoder(tuned.tokenizer, tuned.config.vocab_size)
     if len(columns) == 1:
-        for sequence in read_sequences(path, column=columns[0], window=window):
+        limits = {"least": encoder.least_bases, "most": encoder.most_bases}
+        for sequence in read_sequences(path, column=columns[0], window=window, **limits):
             yield _Input(sequence, None)
         return
     for first, second in zip(*(read_sequences(path, column=column) for column in columns), strict=True):

@@ -7,6 +7,7 @@ RESULTS/<task, "/" as "__">/<model>/seed-0.json         written last and atomica
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from finetune.tasks import METHODS
 FORMAT_VERSION = 2
 REQUIRED = (
     "task", "kind", "metric", "model", "method", "deterministic", "protocol", "changed", "seed", "settings", "source",
-    "data", "dev", "test", "test_clean", "collapsed", "predictions",
+    "data", "dev", "test", "test_clean", "collapsed", "predictions", "predictions_sha256",
 )  # fmt: skip
 RANDOM, KMER, CNN = "random", "kmer", "cnn"
 BASELINES = {KMER: "kmer-logistic", CNN: "cnn"}  # models that are no encoder, and what they are called in tables
@@ -102,6 +103,17 @@ def same_run(stored: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def fingerprint(result: Mapping[str, Any]) -> str:
+    """sha256 of what makes a run this run: an exported model carries it."""
+    return hashlib.sha256(dump_json(_identity(result))).hexdigest()
+
+
+def whole_predictions(path: Path, result: Mapping[str, Any]) -> bool:
+    """Whether the predictions beside a results file are there, and those of its run."""
+    predictions = path.with_name(result["predictions"])
+    return predictions.is_file() and hashlib.sha256(predictions.read_bytes()).hexdigest() == result["predictions_sha256"]
+
+
 def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
     source, data = result["source"], result["data"]
     return {
@@ -109,6 +121,7 @@ def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
         **{f"model {key}": value for key, value in source["config"].items()},
         "task": result["task"],
         "kind": result["kind"],
+        "columns": data["columns"],
         "protocol": result["protocol"],
         "seed": result["seed"],
         "encoder sha256": source["encoder_sha256"],

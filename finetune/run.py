@@ -6,13 +6,15 @@ files are is said in `finetune/results.py`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from data_prep.cli import InputError, dump_json, log, write_atomically
 from finetune.baselines import CHANNELS, DILATIONS, KMER_BASES, WIDTH, base_tokenizer, build_cnn, kmer_counts
 from finetune.data import Columns, Task, read_task
 from finetune.environment import environment
-from finetune.export import export_classifier
+from finetune.export import export_classifier, run_of
 from finetune.folders import SPLITS
 from finetune.leaks import leaked
 from finetune.linear import PENALTIES, fit_linear
@@ -37,17 +39,20 @@ from finetune.results import (
     FORMAT_VERSION,
     KMER,
     failed_path,
+    fingerprint,
     is_deterministic,
     label_of,
     method_of,
     read_result,
     result_path,
     same_run,
-)  # fmt: skip
+    whole_predictions,
+)
 from finetune.sources import Source, open_source
 from finetune.tasks import PUBLISHED, Protocol, Settings, metric_of, settings_for
 from finetune.tokens import Tokens, tokenize
 from finetune.train import embed, predict, total_steps, train
+from kernels import MAX_SEQUENCE
 from pretrain.implementations import choose_alone
 
 
@@ -120,10 +125,12 @@ def run(
     }
     path = result_path(out, task.name, name, seed)
     done = _finished(path, result)
-    if done is not None and (export is None or (export / "config.json").is_file()):
+    exported = export is not None and run_of(export) == fingerprint(result)
+    if done is not None and (export is None or exported):
+        failed_path(path).unlink(missing_ok=True)
         log(f"{path}: this run is done already; its result stands")
         return _summary(done, path, already_done=True)
-    if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
+    if export is not None and not exported and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise InputError(f"{export}: exists and is not an empty directory; name another one, or remove it")
     _make_folder(path.parent)
     _report_input(prepared, leaks)
@@ -135,10 +142,10 @@ def run(
         outputs, trained = _fit(prepared, device)
     result |= _score(prepared, outputs, leaks["test"], path.with_suffix(".npz"))
     result |= trained | {"seconds": round(time.monotonic() - started, 3)}
-    if export is not None and isinstance(prepared.model, Classifier) and prepared.source is not None:
-        export_classifier(prepared.model, prepared.objective, prepared.source, result, export)
     write_atomically(path, dump_json(result))
     failed_path(path).unlink(missing_ok=True)
+    if export is not None and not exported and isinstance(prepared.model, Classifier) and prepared.source is not None:
+        export_classifier(prepared.model, prepared.objective, prepared.source, result, export)  # last: it may be made later
     log(_sentence(result))
     return _summary(result, path, already_done=False)
 
@@ -147,7 +154,7 @@ def _without_leaks(task: Task, dev_leaked: NDArray[np.bool_]) -> Task:
     dev = task.splits["dev"]
     if dev_leaked.all():
         raise InputError(f"{dev.path}: all of its rows are in train; without them (--clean) there is no dev")
-    return Task(task.name, task.classes, {**task.splits, "dev": dev.take(~dev_leaked)}, task.made)
+    return replace(task, splits={**task.splits, "dev": dev.take(~dev_leaked)})
 
 
 def _prepare(model: str, like: str | None, task: Task, settings: Settings, seed: int) -> Prepared:
@@ -161,9 +168,9 @@ def _prepare(model: str, like: str | None, task: Task, settings: Settings, seed:
         total_steps(len(train_rows.labels), settings)
     tokenizer = base_tokenizer() if source is None else source.tokenizer
     vocab_size = tokenizer.get_vocab_size() if source is None else source.config.vocab_size
-    # The published lengths are in tokens of the published tokenizer; bases are some five times as many.
-    length = None if source is None else settings.max_length
-    tokens = {split: tokenize(rows, tokenizer, vocab_size, length) for split, rows in task.splits.items()}
+    # The published lengths are in tokens of the published tokenizer; the convolutions take any number of bases.
+    limits = (None, sys.maxsize) if source is None else (settings.max_length, MAX_SEQUENCE)
+    tokens = {split: tokenize(rows, tokenizer, vocab_size, *limits) for split, rows in task.splits.items()}
     if source is None:
         return Prepared(task, settings, objective, seed, None, tokens, build_cnn(vocab_size, task.classes, seed))
     if train_rows.seconds is not None and source.config.type_vocab_size < 2:
@@ -180,7 +187,7 @@ def _choose_kernels(prepared: Prepared, device: torch.device, kernels: str) -> d
     return choose_alone(prepared.source.config, device, dtype, longest, kernels)
 
 
-def _fit(prepared: Prepared, device: torch.device) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+def _fit(prepared: Prepared, device: torch.device) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Outputs of dev and test by the chosen weights, and what the results file says of the fitting."""
     task, settings, tokens, model = prepared.task, prepared.settings, prepared.tokens, prepared.model
     if settings.method in (KMER, "probe"):
@@ -216,7 +223,7 @@ def _fit(prepared: Prepared, device: torch.device) -> tuple[dict[str, NDArray[np
 
 
 def _score(
-    prepared: Prepared, outputs: Mapping[str, NDArray[np.float32]], test_leaked: NDArray[np.bool_], predictions: Path
+    prepared: Prepared, outputs: Mapping[str, NDArray[Any]], test_leaked: NDArray[np.bool_], predictions: Path
 ) -> dict[str, Any]:
     """Scores of dev and test for the results file; writes the predictions."""
     objective = prepared.objective
@@ -233,7 +240,8 @@ def _score(
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     write_atomically(predictions, stream.getvalue())
-    return scored | {"predictions": predictions.name, "collapsed": objective.collapsed(outputs["test"])}
+    scored |= {"predictions": predictions.name, "predictions_sha256": hashlib.sha256(stream.getvalue()).hexdigest()}
+    return scored | {"collapsed": objective.collapsed(outputs["test"])}
 
 
 @contextmanager
@@ -266,6 +274,7 @@ def _describe_source(prepared: Prepared) -> dict[str, Any]:
 def _describe_data(path: Path, prepared: Prepared, leaks: Mapping[str, NDArray[np.bool_]]) -> dict[str, Any]:
     task, tokens = prepared.task, prepared.tokens
     about: dict[str, Any] = {"folder": str(path), "classes": task.classes, "made_splits": task.made}
+    about["columns"] = list(task.columns)
     for split in SPLITS:
         rows = task.splits[split]
         letters, sequences = rows.other_letters()
@@ -287,6 +296,8 @@ def _report_input(prepared: Prepared, leaks: Mapping[str, NDArray[np.bool_]]) ->
     task, tokens = prepared.task, prepared.tokens
     if task.name not in PUBLISHED:
         log(f"{task.name}: not a task of the benchmark, so the settings are general ones; check --epochs and the like")
+    if len(task.columns) == 3:
+        log(f"{task.name}: pairs of {task.columns[0]!r} and {task.columns[1]!r}")
     for split, origin in task.made.items():
         log(f"{task.name}: no {split}.csv, so {len(task.splits[split].labels):,} rows of {origin} are the {split} split")
     counts = ", ".join(f"{split} {len(rows.labels):,}" for split, rows in task.splits.items())
@@ -314,8 +325,8 @@ def _finished(path: Path, result: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(
             f"{path}: is the result of another run, it differs in {', '.join(differing)}; give another --out or --label"
         )
-    if not path.with_name(stored["predictions"]).is_file():
-        log(f"{path}: its predictions file is gone, so the run is done again")
+    if not whole_predictions(path, stored):
+        log(f"{path}: its predictions are gone, or of another run; it is done again")
         return None
     return stored
 

@@ -12,7 +12,7 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_prep.cli import InputError, log
+from data_prep.cli import InputError, StopRequested, log
 from data_prep.tokenizing.train import train_bpe
 from finetune.results import RANDOM
 from pretrain.config import PRESETS
@@ -54,6 +54,8 @@ def open_source(model: str, like: str | None, train_sequences: Iterable[str]) ->
     data = found.tokenizer.read_bytes()
     try:
         tokenizer = Tokenizer.from_str(data.decode())
+    except StopRequested:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(f"{found.tokenizer}: not a Hugging Face tokenizer.json ({error})") from None
     tokenizer.no_truncation()

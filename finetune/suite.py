@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import BAD_INPUT, FAILED, InputError, exit_status, log, one_line, stoppable
+from data_prep.cli import BAD_INPUT, FAILED, InputError, StopRequested, exit_status, log, one_line, stoppable
 from finetune.folders import check_splits, find_tasks
 from finetune.results import BASELINES, RANDOM, is_deterministic, label_of, method_of, result_path, write_failure
 from finetune.tasks import STRICT_SEEDS
@@ -69,8 +69,7 @@ def plan_runs(
         if baseline in BASELINES:
             given = {key: value for key, value in given.items() if key not in (*ENCODER_ONLY, "method")}
         elif baseline == RANDOM:
-            given |= {"label": RANDOM if options.get("method") in (None, "full") else f"{RANDOM}-{options['method']}"}
-            given |= {"like": None if model in (RANDOM, *BASELINES) else model}
+            given["like"] = None if model in (RANDOM, *BASELINES) else model
         else:
             given.pop("like", None)
         models.append((baseline, given))
@@ -118,7 +117,7 @@ def gue(
     mine = runs[task or 0 :: num_tasks or 1]
     suite = _Suite(mine, out)
     with stoppable():
-        suite.work(_devices(processes))
+        suite.work(*_devices(processes))
     if suite.failed:
         text = f"{len(suite.failed)} of {len(mine)} runs failed, the log says why: {', '.join(sorted(suite.failed))}"
         raise InputError(text) if all(status == BAD_INPUT for status in suite.failed.values()) else RuntimeError(text)
@@ -126,17 +125,20 @@ def gue(
     return {"runs": len(mine), "already_done": sum(result["already_done"] for result in done), "results": done}
 
 
-def _devices(processes: int | None) -> list[dict[str, str]]:
-    """The environment of each process: which GPU it sees, or how many threads it has."""
+def _devices(processes: int | None) -> tuple[list[dict[str, str]], bool]:
+    """The environment of each process: which GPU it sees, or how many threads it has; and whether they are processes apart.
+
+    A GPU is always used by a process apart: an error on it can leave a process unable to use it.
+    """
     import torch
 
-    if (gpus := torch.cuda.device_count()) > 1:
+    if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if len(visible) == gpus else [str(number) for number in range(gpus)]
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
-    if gpus or processes is None or processes == 1:
-        return [{}]
-    return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}] * processes
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in names], True
+    if processes is None or processes == 1:
+        return [{}], False
+    return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}] * processes, True
 
 
 class _Suite:
@@ -146,10 +148,11 @@ class _Suite:
         self.runs, self.out = runs, out
         self.results: list[dict[str, Any] | None] = [None] * len(runs)
         self.failed: dict[str, int] = {}  # run -> exit status that its failure stands for
+        self.stopping = threading.Event()
 
-    def work(self, devices: Sequence[Mapping[str, str]]) -> None:
-        """Do all runs; with one device in this process, else in a process for each."""
-        if len(devices) == 1:
+    def work(self, devices: Sequence[Mapping[str, str]], apart: bool) -> None:
+        """Do all runs, in a process for each device or in this one."""
+        if not apart:
             for number in range(len(self.runs)):
                 self._do(number, lambda run: _execute(run, self.out))
             return
@@ -165,11 +168,15 @@ class _Suite:
                 while thread.is_alive():
                     thread.join(0.5)  # signals are heeded in between
         finally:
+            self.stopping.set()
             for worker in workers:
                 worker.stop()
+        missing = [run for run, result in zip(self.runs, self.results, strict=True) if result is None]
+        if len(missing) != len(self.failed):
+            raise RuntimeError(f"{len(missing) - len(self.failed)} of {len(self.runs)} runs were not done; run again")
 
     def _serve(self, left: queue.SimpleQueue[int | None], worker: _Worker) -> None:
-        while (number := left.get()) is not None:
+        while (number := left.get()) is not None and not self.stopping.is_set():
             self._do(number, worker.execute)
 
     def _do(self, number: int, execute: Callable[[Run], dict[str, Any]]) -> None:
@@ -177,8 +184,13 @@ class _Suite:
         log(f"run {number + 1} of {len(self.runs)}: {run.task}, {run.label}, seed {run.seed}")
         try:
             self.results[number] = execute(run)
-        except (InputError, RuntimeError, OSError, MemoryError) as error:
-            log(f"{run.task}, {run.label}, seed {run.seed}, failed: {one_line(error)}")
+        except StopRequested:
+            raise
+        except Exception as error:  # whatever it is, it is this run's
+            if self.stopping.is_set():  # its process was ended
+                return
+            kind = "" if isinstance(error, (InputError, RuntimeError)) else f"{type(error).__name__}: "
+            log(f"{run.task}, {run.label}, seed {run.seed}, failed: {kind}{one_line(error)}")
             status = exit_status(error)
             self.failed[f"{run.task} {run.label} seed {run.seed}"] = status if status == BAD_INPUT else FAILED
             try:
@@ -191,31 +203,46 @@ class _Worker:
     """A process that does one run after another; where it dies, the next run gets a new one."""
 
     def __init__(self, device: Mapping[str, str], out: Path) -> None:
-        self.device, self.out = dict(device), out
+        self.device, self.out, self.lock, self.stopped = dict(device), out, threading.Lock(), False
         self._begin()
 
     def _begin(self) -> None:
         context = get_context("spawn")  # a fork can't use a GPU
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve_runs, args=(theirs, self.device, self.out), daemon=True)
-        self.process.start()
-        theirs.close()  # so that its end is seen
+        with self.lock:
+            if self.stopped:
+                return
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve_runs, args=(theirs, self.device, self.out), daemon=True)
+            self.process.start()
+            theirs.close()  # so that its end is seen
 
     def execute(self, run: Run) -> dict[str, Any]:
         """The run's result, or what it raised; RuntimeError where the process died."""
         try:
             self.pipe.send(run)
-            answer = self.pipe.recv()
-        except (EOFError, OSError):
+            answer, goes_on = self.pipe.recv()
+        except Exception as error:  # EOFError, OSError, or what can't be unpickled
+            self.process.kill()
             self.process.join()
             self._begin()
-            raise RuntimeError("its process died; the log may say why, or it ran out of memory") from None
+            died = isinstance(error, (EOFError, OSError))
+            why = "its process died; the log may say why, or it ran out of memory" if died else f"no answer: {error}"
+            raise RuntimeError(why) from None
+        if not goes_on:
+            self.process.join()
+            self._begin()
         if isinstance(answer, BaseException):
             raise answer
         return dict(answer)
 
     def stop(self) -> None:
-        self.process.terminate()
+        """End the process, whatever it does; no other comes after it."""
+        with self.lock:
+            self.stopped = True
+            self.process.terminate()
+            self.process.join(5)
+            self.process.kill()
+            self.process.join()
 
 
 def _serve_runs(pipe: Connection, device: Mapping[str, str], out: Path) -> None:
@@ -225,7 +252,8 @@ def _serve_runs(pipe: Connection, device: Mapping[str, str], out: Path) -> None:
         import torch
 
         torch.set_num_threads(int(threads))
-    while True:
+    goes_on = True
+    while goes_on:
         try:
             run = pipe.recv()
         except EOFError:  # the suite is done, or was killed
@@ -233,10 +261,13 @@ def _serve_runs(pipe: Connection, device: Mapping[str, str], out: Path) -> None:
         try:
             with redirect_stderr(_Prefixed(f"{run.task} {run.label} {run.seed} | ")):
                 answer: object = _execute(run, out)
-        except (InputError, RuntimeError, OSError, MemoryError) as error:
+        except InputError as error:
             answer = error
+        except Exception as error:
+            answer = RuntimeError(f"{type(error).__name__}: {error}")  # which can be sent for certain
+            goes_on = False  # an error on a GPU can leave a process unable to use it
         try:
-            pipe.send(answer)
+            pipe.send((answer, goes_on))
         except OSError:
             return
 

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import InputError
 from data_prep.codec import TextEncoder
+from data_prep.dataset import SPECIALS
+from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from finetune.data import Rows
 from kernels import MAX_SEQUENCE
 
@@ -42,6 +44,10 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.cls, self.sep = (_special(tokenizer, token) for token in ("[CLS]", "[SEP]"))
         self.content, self.vocab_size = TextEncoder(tokenizer), vocab_size
+        self.overlapping = self.content.kind == OVERLAPPING  # whether a base stands in several tokens
+        self.least_bases = (self.content.k or 1) if self.overlapping else 1  # fewer have no token
+        longest = max((len(token) for token in tokenizer.get_vocab() if token not in SPECIALS), default=1)
+        self.most_bases = MAX_SEQUENCE * longest  # more are over the longest sequence whatever the letters are
 
     def split(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
         """Content tokens of each text."""
@@ -52,15 +58,15 @@ class Encoder:
         return parts
 
 
-def tokenize(rows: Rows, tokenizer: Tokenizer, vocab_size: int, max_length: int | None) -> Tokens:
+def tokenize(rows: Rows, tokenizer: Tokenizer, vocab_size: int, max_length: int | None, most: int = MAX_SEQUENCE) -> Tokens:
     """Tokens of every row; one over `max_length` tokens, with [CLS] and [SEP], loses its end and is counted.
 
-    Of a pair the longer sequence is cut, as by the published scripts (`longest_first`).
+    `most` is what the model takes. Of a pair the longer sequence is cut, as by the published scripts (`longest_first`).
     Raises InputError: a sequence without tokens, a token beyond the model's vocabulary, a row longer than the model takes.
     """
     encoder = Encoder(tokenizer, vocab_size)
     columns = [encoder.split(texts) for texts in (rows.sequences, rows.seconds) if texts is not None]
-    limit = (MAX_SEQUENCE if max_length is None else min(max_length, MAX_SEQUENCE)) - 1 - len(columns)
+    limit = (most if max_length is None else min(max_length, most)) - 1 - len(columns)
     truncated = 0
     for row, parts in enumerate(zip(*columns, strict=True)):
         for part, texts in zip(parts, (rows.sequences, rows.seconds or []), strict=False):

@@ -264,7 +264,7 @@ def _common(opened: Opened, pair: Pair, ref: Ids, alt: Ids) -> tuple[int, int]:
     before = shorter if same.all() else int(same.argmin())
     same = ref[::-1][:shorter] == alt[::-1][:shorter]
     behind = shorter if same.all() else int(same.argmin())
-    reach = (opened.encoder.content.k or 1) - 1 if opened.overlapping else 0  # bases of a token beyond where the next begins
+    reach = opened.encoder.least_bases - 1  # bases of a token beyond where the next begins
     for ids, text in ((ref, pair.ref), (alt, pair.alt)):
         starts = opened.token_starts(text, ids)[:-1]
         first = int(np.searchsorted(starts, pair.start - reach, side="right")) - 1
@@ -283,7 +283,7 @@ def log_likelihoods(opened: Opened, windows: list[Ids], compared: list[slice]) -
             total[number] = np.nan
             continue
         places = range(part.start, part.stop)
-        parts = [part] if opened.overlapping else [slice(place, place + 1) for place in places]
+        parts = [part] if opened.encoder.overlapping else [slice(place, place + 1) for place in places]
         owners += [number] * len(parts)
         masked += parts
     for rows in micro_batches(np.array([len(windows[owner]) + 2 for owner in owners], dtype=np.int64)):

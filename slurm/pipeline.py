@@ -218,7 +218,8 @@ def _fine_tuning(section: Finetune, data: Path, out: Path, trained: bool) -> Ite
     made = trained and all(file.is_file() for file in files)
     arguments = ["gue", f"--model={model}", f"--out={results}", *_flags(options)]
     arguments += section.words()
-    yield Stage("finetune", "finetune", arguments, results, made, options, ("seeds",), array=section.array)
+    recorded = options | section.recorded()
+    yield Stage("finetune", "finetune", arguments, results, made, recorded, ("seeds", "processes"), array=section.array)
     made = made and table.is_file() and table.stat().st_mtime >= max(file.stat().st_mtime for file in files)
     yield Stage("report", "finetune", ["report", str(results), f"--out={table.parent}"], table, made)
 

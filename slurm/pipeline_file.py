@@ -134,6 +134,11 @@ class Finetune(Section):
 
     LISTS = ("tasks", "baselines", "sequence_columns", "clean")
 
+    def recorded(self) -> dict[str, str]:
+        """All that decides what a run is, to be compared when the pipeline is submitted again."""
+        listed = {"sequence-columns": self.sequence_columns and " ".join(self.sequence_columns), "clean": self.clean}
+        return self.options() | {name: value for name, value in listed.items() if value}
+
     def words(self) -> list[str]:
         """The arguments that `options` doesn't have."""
         given = {name: getattr(self, name) for name in self.LISTS[:-1]}

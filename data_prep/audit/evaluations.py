@@ -53,7 +53,7 @@ def read_evaluations(root: Path, parts: Sequence[str]) -> Iterator[Evaluation]:
 
 
 def read_evaluation(path: Path, name: str, part: str) -> Evaluation:
-    """Read one CSV file: every column that has DNA (see `_is_dna`) in any of the first 100 rows.
+    """Read one CSV file: every column that has DNA (see `is_dna`) in any of the first 100 rows.
 
     So `sequence` of GUE, and both sequences of its pairs, whatever their columns are called; columns of other names than
     `sequence` are logged.
@@ -65,7 +65,7 @@ def read_evaluation(path: Path, name: str, part: str) -> Evaluation:
             header = next(reader, [])
             rows = ((reader.line_num, row) for row in reader if row)
             first = list(islice(rows, ROWS_TO_CHOOSE))
-            columns = sorted({column for _, row in first for column, value in enumerate(row) if _is_dna(value.strip())})
+            columns = sorted({column for _, row in first for column, value in enumerate(row) if is_dna(value.strip())})
             if first and not columns:
                 raise InputError(f"{path}: no column has a sequence of DNA in its first {len(first)} rows")
             names = [header[column].strip() if column < len(header) else f"number {column + 1}" for column in columns]
@@ -88,6 +88,6 @@ def read_evaluation(path: Path, name: str, part: str) -> Evaluation:
     return Evaluation(name, part, sequences, bases, Texts.of(stretches), np.array(owner, dtype=np.int64))
 
 
-def _is_dna(text: str) -> bool:
+def is_dna(text: str) -> bool:
     """8 letters or more, all of them bases or codes of IUPAC, and half of them A, C, G, T or N: "backwards" is a word."""
     return bool(_DNA.fullmatch(text)) and 2 * len(_BASES.findall(text)) >= len(text)

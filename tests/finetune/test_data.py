@@ -10,6 +10,7 @@ from data_prep.cli import InputError
 from data_prep.tokenizing.kmer_tokenizer import kmer_json
 from finetune.batches import pack
 from finetune.data import Columns, read_rows, read_task
+from finetune.leaks import leaked
 from finetune.tokens import tokenize
 
 
@@ -38,7 +39,7 @@ def test_csv_as_people_write_it(tmp_path):
         ("train", "", "train.csv: the file is empty"),
         ("dev", "sequence,label\n", "dev.csv: has a header but no rows"),
         ("train", "sequence,lable\nACGT,0\n", "train.csv, line 1: no column 'label'"),
-        ("train", "seq,label\nACGT,0\n", "train.csv, line 1: no column 'sequence'"),
+        ("train", "text,label\nACGT,0\n", "train.csv, line 1: no column 'sequence'"),
         ("test", "sequence,label\nACGT,0\nACGT,yes\n", "test.csv, line 3: label 'yes' is not an integer"),
         ("test", "sequence,label\nACGT,1.0\n", "test.csv, line 2: label '1.0' is no class 0 to C-1"),
         ("test", "sequence,label\nACGT,-1\n", "test.csv, line 2: label '-1' is no class 0 to C-1"),
@@ -159,7 +160,7 @@ def test_one_file_is_split_by_its_sequences_and_equal_ones_stay_together(tmp_pat
     path = tmp_path / "mine.csv"
     path.write_text(text + text.split("\n", 1)[1])  # each row twice
     task = read_task(path)
-    assert task.name.endswith("/mine") and task.made == {"test": "mine.csv", "dev": "mine.csv"}
+    assert task.name.endswith("/mine.csv") and task.made == {"test": "mine.csv", "dev": "mine.csv"}
     texts = {split: set(rows.sequences) for split, rows in task.splits.items()}
     assert not texts["train"] & texts["dev"] and not texts["train"] & texts["test"] and not texts["dev"] & texts["test"]
     sizes = {split: len(rows.labels) for split, rows in task.splits.items()}
@@ -205,9 +206,31 @@ def test_pairs_are_two_columns_with_types_and_the_longer_one_is_cut(tmp_path, ba
 
 
 def test_pairs_in_the_two_columns_that_are_not_the_label(tmp_path):
-    path = lines(tmp_path / "train.csv", "enhancer,promoter,label", [("ACGT", "TT", 0)])
-    assert read_rows(path).seconds == ["TT"]
+    path = lines(tmp_path / "train.csv", "enhancer,promoter,label", [("ACGTACGT", "TTTTGGGG", 0)])
+    assert read_rows(path).seconds == ["TTTTGGGG"]
     assert read_rows(path, Columns(("promoter",))).seconds is None
+    path = lines(tmp_path / "train.csv", "id,seq,label", [("gene_1", "TTTTGGGG", 0)])
+    assert (read_rows(path).sequences, read_rows(path).seconds) == (["TTTTGGGG"], None)
+    path = lines(tmp_path / "train.csv", "name,dna,label", [("gene_1", "TTTTGGGG", 0)])
+    with pytest.raises(InputError, match=r"no column 'sequence'.*--sequence-columns"):
+        read_rows(path)
+
+
+def test_a_class_that_came_into_a_made_split_alone_is_explained(tmp_path):
+    rows = [("ACGT" * 5 + "ACGT"[number % 4] * (number // 4), number % 2) for number in range(200)]
+    whole = read_task(lines(tmp_path / "mine.csv", "sequence,label", rows))
+    alone = whole.splits["test"].sequences[0]
+    rows = [(text, 2 if text == alone else label) for text, label in rows]
+    with pytest.raises(InputError, match=r"all rows of class 2 have come into test, .* give a test.csv"):
+        read_task(lines(tmp_path / "mine.csv", "sequence,label", rows))
+
+
+def test_a_split_keeps_both_strands_of_a_sequence_together(tmp_path, planted):
+    texts = [line.split(",")[0] for line in (planted / "train.csv").read_text().splitlines()[1:]]
+    other = [text[::-1].translate(str.maketrans("ACGT", "TGCA")) for text in texts]
+    rows = [(text, number % 2) for number, pair in enumerate(zip(texts, other, strict=True)) for text in pair]
+    task = read_task(lines(tmp_path / "mine.csv", "sequence,label", rows))
+    assert not leaked(task)["test"].any() and not leaked(task)["dev"].any()
 
 
 def test_numbers_with_a_decimal_point_are_regression(tmp_path, small_task):

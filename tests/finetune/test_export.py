@@ -106,6 +106,8 @@ def test_a_finished_run_is_done_again_for_its_export_alone(planted, huggingface,
     assert (tmp_path / "hf" / "config.json").is_file() and before["test"] == after["test"]
     assert run([*command, "--export", str(tmp_path / "hf")]) == 0
     assert "done already" in capsys.readouterr().err
+    assert run([*command, "--seed", "1", "--export", str(tmp_path / "hf")]) == 2  # another run's model is there
+    assert "hf: exists and is not an empty directory" in capsys.readouterr().err
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "file").touch()
     assert run([*command, "--export", str(tmp_path / "busy")]) == 2

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data import Rows, Task
-from finetune.leaks import held_by, leaked, strandless
+from finetune.data import Rows, Task, strandless
+from finetune.leaks import held_by, leaked
 
 
 def rows(*sequences: str, seconds: tuple[str, ...] | None = None) -> Rows:

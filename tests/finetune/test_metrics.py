@@ -51,3 +51,12 @@ def test_a_regression_is_standardized_on_train_and_scored_in_the_labels_unit():
     assert objective.outputs(np.array([[-1.0], [0.5]], dtype=np.float32)).tolist() == [[10], [25]]
     result = objective.evaluate(np.array([[12.0], [30.0]], dtype=np.float32), np.array([10.0, 30.0]))
     assert (result["mse"], result["loss"]) == (2.0, 0.02)
+
+
+def test_numbers_far_from_0_keep_their_correlation():
+    random = np.random.default_rng(0)
+    labels = 1e7 + random.normal(size=200)
+    objective = Objective.of(1, labels)
+    raw = (objective.targets(labels) + random.normal(size=200).astype(np.float32))[:, None]
+    expected = pearsonr(raw[:, 0].astype(np.float64), labels).statistic
+    assert objective.evaluate(objective.outputs(raw), labels)["pearson"] == pytest.approx(expected, abs=1e-6)

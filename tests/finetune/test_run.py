@@ -82,6 +82,38 @@ def test_a_finished_run_is_not_done_again(finished, planted, capsys):
     assert path.stat().st_mtime_ns == before
 
 
+def test_other_columns_are_another_run(planted, tmp_path, capsys):
+    for split in ("train", "dev", "test"):
+        rows = (planted / f"{split}.csv").read_text().splitlines()
+        other = ["sequence,label,other", *(f"{row},{number % 2}" for number, row in enumerate(rows[1:]))]
+        (tmp_path / "task").mkdir(exist_ok=True)
+        (tmp_path / "task" / f"{split}.csv").write_text("\n".join(other) + "\n")
+    kmer = ["run", "--model", "kmer", "--task", str(tmp_path / "task"), "--out", str(tmp_path / "results")]
+    assert run(kmer) == 0
+    assert run([*kmer, "--label-column", "other"]) == 2
+    assert "differs in columns (['sequence', 'label'] there, ['sequence', 'other'] here)" in capsys.readouterr().err
+
+
+def test_predictions_of_another_run_are_made_again(planted, tmp_path, capsys):
+    kmer = ["run", "--model", "kmer", "--task", str(planted), "--out", str(tmp_path / "results")]
+    assert run(kmer) == 0
+    (predictions,) = (tmp_path / "results").rglob("*.npz")
+    whole = predictions.read_bytes()
+    predictions.write_bytes(whole[:-1] + b"x")
+    assert run(kmer) == 0
+    assert "its predictions are gone, or of another run" in capsys.readouterr().err
+    with np.load(predictions) as arrays:
+        assert len(arrays["test_labels"]) == 100
+
+
+def test_the_network_takes_any_number_of_bases(small_task, tmp_path):
+    with (small_task / "test.csv").open("a") as stream:
+        stream.write(f"{'ACGT' * 3000},1\n")
+    quick = ["--max-steps", "2", "--warmup-steps", "1", "--batch-size", "8"]
+    assert run(["run", "--model", "cnn", "--task", str(small_task), "--out", str(tmp_path / "results"), *quick]) == 0
+    assert (tmp_path / "results" / "small__task" / "cnn" / "seed-0.json").is_file()
+
+
 def test_another_run_does_not_overwrite_it(finished, planted, capsys):
     before = stored(finished)
     assert run(command(planted, finished, "--batch-size", "16", "--weight-decay", "0")) == 2

@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune.__main__ import run
 from finetune.folders import find_tasks
-from finetune.suite import _Worker, plan_runs, results_files
+from finetune.suite import Run, _Worker, plan_runs, results_files
 
 QUICK = ["--max-steps", "2", "--warmup-steps", "1", "--batch-size", "8"]
 
@@ -138,7 +139,8 @@ def test_random_beside_a_checkpoint_has_its_shape(benchmark, huggingface, tmp_pa
         "lone",
     ]
     assert run([*command, "--seeds", "1", "--baselines", "random"]) == 0
-    model, random = (json.loads((tmp_path / "lone" / label / "seed-0.json").read_text()) for label in ("my model", "random"))
+    labels = ("my model", "random-like-my model")
+    model, random = (json.loads((tmp_path / "lone" / label / "seed-0.json").read_text()) for label in labels)
     assert model["source"]["config"] == random["source"]["config"] and random["source"]["kind"] == "random"
     assert run([*command, "--baselines", "random", str(huggingface)]) == 2
     assert "two of the models are called my model" in capsys.readouterr().err
@@ -166,6 +168,37 @@ def test_a_process_that_dies_fails_its_run_and_the_next_ones_get_another(benchma
         workers.execute(runs[0])
     assert workers.execute(runs[0])["task"] == "lone"
     workers.stop()
+    assert not workers.process.is_alive()
+
+
+def test_an_error_nobody_thought_of_fails_its_run_alone(benchmark, tmp_path, capsys, monkeypatch):
+    def broken(run: Run, out: Path) -> dict:
+        if run.task == "b/1":
+            raise ValueError("Input contains NaN")
+        return {"task": run.task, "already_done": False}
+
+    monkeypatch.setattr("finetune.suite._execute", broken)
+    assert gue(benchmark, tmp_path / "results", "--seeds", "1") == 1
+    assert "b/1, random, seed 0, failed: ValueError: Input contains NaN" in capsys.readouterr().err
+    failure = json.loads((tmp_path / "results" / "b__1" / "random" / "seed-0.failed.json").read_text())
+    assert failure["status"] == 1
+
+
+def test_a_suite_that_is_asked_to_stop_ends_its_processes_and_calls_nothing_a_failure(benchmark, tmp_path):
+    out = tmp_path / "results"
+    command = [sys.executable, "-m", "finetune", "gue", "--model", "random", "--data", str(benchmark), "--out", str(out)]
+    command += ["--seeds", "2", "--max-steps", "3000", "--warmup-steps", "1", "--epochs", "3000", "--processes", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any(" | kernels: " in line for line in iter(process.stderr.readline, ""))  # a process is at work
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.terminate()
+    rest = process.stderr.read()
+    assert process.wait(60) == 75, rest
+    assert "run the same command again to go on" in rest and "failed" not in rest and "Traceback" not in rest
+    assert not list(out.rglob("*failed*"))
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 def test_a_suite_that_is_killed_goes_on_where_it_was(benchmark, tmp_path):

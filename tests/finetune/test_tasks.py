@@ -77,7 +77,10 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
         ("/data/GUE_v2/EMP/H3K4me3", "EMP/H3K4me3"),
         ("/copies/emp_H3", "EMP/H3"),
         ("/copies/GUE/human_tf_0", "tf/0"),
-        ("/copies/tf_1", "tf/1"),
+        ("/copies/GUE/tf_1", "tf/1"),
+        ("/mine/mouse_0", "mine/mouse_0"),
+        ("/mine/covid", "mine/covid"),
+        ("/data/GUE/EMP/H3.csv", "EMP/H3.csv"),
         ("/copies/GUE/prom_core_all", "prom/prom_core_all"),
         ("/copies/splice_reconstructed", "splice/reconstructed"),
         ("/copies/GUE/virus_covid", "virus/covid"),
@@ -85,7 +88,7 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
         ("/data/GUE_plus/fungi_species_20", "fungi_species_20"),
         ("/mine/H3", "mine/H3"),
         ("/mine/0", "mine/0"),
-        ("/mine/enhancers.csv", "mine/enhancers"),
+        ("/mine/enhancers.csv", "mine/enhancers.csv"),
     ],
 )
 def test_task_name(folder, name):

@@ -49,7 +49,7 @@ class Results:
         if regression:
             labels_n = random.normal(5, 2, rows)
             noise_n = own.normal(0, 2, rows)
-            logits_nc = (accuracy * labels_n + np.sqrt(1 - accuracy**2) * noise_n)[:, None].astype(np.float32)
+            logits_nc = (accuracy * labels_n + np.sqrt(1 - accuracy**2) * noise_n)[:, None]
         else:
             labels_n = random.integers(classes, size=rows)
             wrong_n = (own.random(rows) >= accuracy) & (np.arange(rows) >= leaked)
@@ -88,6 +88,7 @@ class Results:
         path = result_path(self.folder, task, model, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".npz"), test_logits=logits_nc, test_labels=labels_n, test_leaked=leaked_n)
+        result["predictions_sha256"] = hashlib.sha256(path.with_suffix(".npz").read_bytes()).hexdigest()
         path.write_text(json.dumps(result))
         return path
 
