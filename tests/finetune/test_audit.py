@@ -157,7 +157,7 @@ def test_every_finding_is_listed_with_its_line(leaky, tmp_path):
 
 
 def test_a_missing_split_is_unknown_not_zero(tmp_path):
-    task = audit(write(tmp_path / "GUE" / "splice", {split: LEAKY[split] for split in ("dev", "test")}))[
+    task = audit(write(tmp_path / "GUE" / "splice_reconstructed", {split: LEAKY[split] for split in ("dev", "test")}))[
         "splice/reconstructed"
     ]
     dev, test = task["splits"]["dev"], task["splits"]["test"]
@@ -179,14 +179,14 @@ def test_a_pair_is_the_same_only_with_both_sequences(tmp_path, tokenizer):
         "dev": ["AAAA,GGGGGG,0"],  # each half is in train, the pair is not
         "test": ["TTTT,CCCCCC,0", "AAAT,GGGGGG,1", "CCCCCC,AAAA,0"],
     }
-    folder = write(tmp_path / "pairs", splits, header="enhancer,promoter,label")
+    folder = write(tmp_path / "pairs", splits, header="seq_a,seq_b,label")
     (task,) = audit(folder, "--tokenizer", tokenizer, "--max-length", 12).values()
     dev, test = task["splits"]["dev"], task["splits"]["test"]
     assert (dev["in_train"], test["in_train"], test["in_train_either_strand"]) == (0, 1, 2)
     assert (dev["in_train_either_strand"], task["inputs"]) == (1, 5)  # GGGGGG is CCCCCC on the other strand
     assert (dev["bases_max"], dev["second_bases_min"]) == (4, 6)
     assert (dev["tokens_max"], dev["over_max_length"]) == (4 + 6 + 3, 1)
-    swapped = audit(folder, "--sequence-columns", "promoter", "--label-column", "label")
+    swapped = audit(folder, "--sequence-columns", "seq_b", "--label-column", "label")
     assert next(iter(swapped.values()))["splits"]["dev"]["in_train"] == 1
 
 
@@ -261,7 +261,7 @@ def test_a_bad_file_stops_nothing_but_the_exit_status(leaky, tmp_path, capsys):
     write(tmp_path / "GUE" / "made" / "bad", {"train": ["ACGT,0"], "test": ["ACGT,yes"]})
     write(tmp_path / "GUE" / "made" / "two", {"dev": ["ACGT,0"], "val": ["ACGT,1"]})
     write(tmp_path / "GUE" / "made" / "uneven", {"train": ["ACGT,0"]})
-    write(tmp_path / "GUE" / "made" / "uneven", {"test": ["ACGT,TGCA,0"]}, header="a,b,label")
+    write(tmp_path / "GUE" / "made" / "uneven", {"test": ["ACGT,TGCA,0"]}, header="seq_a,seq_b,label")
     out = tmp_path / "out"
     assert main(*command_line("--data", tmp_path / "GUE", "--out", out)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -295,7 +295,7 @@ def test_without_a_folder_the_tables_go_to_stdout_and_json_is_the_last_line(leak
         (["--max-length", "80"], "give --tokenizer"),
         (["--tokenizer", "TOKENIZER", "--max-length", "3"], "--max-length 3: must be at least 4"),
         (["--tokenizer", "DATA/train.csv"], "not a Hugging Face tokenizer.json"),
-        (["--sequence-columns", "a", "b", "c"], "--sequence-columns a b c: give one"),
+        (["--sequence-columns", "a", "b", "c"], "--sequence-columns a b c"),
     ],
 )
 def test_flags_that_make_no_sense(leaky, tokenizer, flags, message):
