@@ -7,6 +7,7 @@ encoder's own. Shapes in names as in pretrain/model.py; b sequences, c classes.
 from __future__ import annotations
 
 import hashlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ import kernels
 from data_prep.cli import InputError
 from finetune.tasks import Pooling
 from kernels.random import root_key
-from pretrain.model import SITE_CLASSIFIER, Encoder, ModelConfig, Packed, initialize
+from pretrain.model import SITE_CLASSIFIER, Encoder, Layer, ModelConfig, Packed, initialize
 
 PURPOSE_HEAD = 33  # of the seed's children, see kernels.random; fine-tuning has the numbers from 32
 
@@ -56,11 +57,25 @@ class PooledEncoder(Encoder):
 
     def forward(self, batch: Packed) -> Tensor:
         """[b, d], out of the pooler."""
-        return self.pooler(pool(super().forward(batch), batch, self.pooling))
+        return self.pooler(self.embed(batch))
 
     def embed(self, batch: Packed) -> Tensor:
-        """Pooled states [b, d], as they are before the pooler's dense layer."""
-        return pool(super().forward(batch), batch, self.pooling)
+        """Pooled states [b, d], as they are before the pooler's dense layer.
+
+        Of [CLS] alone, what comes after the last layer's attention is computed for one token a sequence: nothing needs the
+        others. The states are the same to the last bit.
+        """
+        if self.pooling == "mean":
+            return pool(super().forward(batch), batch, "mean")
+        x_td = self.embeddings(batch)
+        x = x_td, x_td
+        *layers, last = cast(list[Layer], list(self.encoder.layer))
+        for layer in layers:
+            x = layer(x, batch)
+        first_b = batch.cu_seqlens[:-1]
+        keys_b = None if batch.dropout_keys_t is None else batch.dropout_keys_t[first_b]
+        attended_bd = last.attention.self(x[0], batch)[first_b]
+        return last.mlp(last.attention.output(attended_bd, x[1][first_b], keys_b), keys_b)[0]
 
 
 class Classifier(nn.Module):

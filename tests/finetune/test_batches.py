@@ -46,3 +46,11 @@ def test_dropout_keys_depend_on_seed_position_and_token_only(planted_tokens):
     assert batch.dropout_keys_t[start:].tolist() == alone.dropout_keys_t.tolist()
     expected = fork(fork(np.array([root_key(5, PURPOSE_DROPOUT)]), 41), 2)
     assert int(alone.dropout_keys_t[2]) == int(expected[0])
+
+
+def test_on_a_cpu_the_default_budget_is_small_and_grows_with_the_threads(monkeypatch):
+    lengths = np.random.default_rng(0).integers(3, 60, 2000)
+    for threads, most in ((1, 1024), (2, 2048), (64, 16_384)):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        sizes = [len(group) * int(lengths[group].max()) for group in micro_batches(lengths)]
+        assert most / 2 < max(sizes) <= most

@@ -10,7 +10,7 @@ from finetune.metrics import Objective
 from finetune.model import Classifier, build, encoder_sha256
 from finetune.tasks import Settings
 from finetune.train import predict
-from pretrain.model import MaskedLanguageModel, ModelConfig, initialize
+from pretrain.model import Encoder, MaskedLanguageModel, ModelConfig, initialize
 
 CPU = torch.device("cpu")
 
@@ -80,3 +80,16 @@ def test_dropout_does_not_depend_on_the_rest_of_the_batch(small_config, planted_
         assert torch.allclose(together[number], alone[0], atol=1e-6)
     assert not torch.allclose(together, model(pack(tokens, rows, seed=4, positions=positions)), atol=1e-4)
     assert not torch.allclose(together, model(pack(tokens, rows)), atol=1e-4)
+
+
+def test_the_last_layer_at_cls_alone_gives_the_states_and_gradients_of_the_whole_one(small_config, planted_tokens):
+    tokens, rows = planted_tokens["test"], np.arange(20)
+    batch = pack(tokens, rows, seed=3, positions=rows)
+    model = build(small_config, 2, None, 0, "random").double().bert
+    short = model.embed(batch)
+    gradients = torch.autograd.grad(short.square().sum(), list(model.parameters()), allow_unused=True)
+    whole = Encoder.forward(model, batch)[batch.cu_seqlens[:-1]]
+    assert torch.equal(short, whole)
+    expected = torch.autograd.grad(whole.square().sum(), list(model.parameters()), allow_unused=True)
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one is None and other is None) or torch.allclose(one, other, atol=1e-12)
