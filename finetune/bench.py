@@ -5,8 +5,8 @@ sequences end to end; the Trainer runs the exported model code (`pretrain/hf_mod
 attention by SDPA) and pads each batch to its longest sequence. Turns of some steps alternate, so that both meet the same
 machine, and the median ratio of a turn's two times is the result. `padding_ratio`, the Trainer's tokens with padding by
 those without, is what leaving out the padding alone allows; `share_of_padding` says how much of it is reached, and is over 1
-where something else is faster too: of [CLS], ours computes only what of the last layer is needed. Evaluation is of dev's rows: the Trainer takes them in the order of the file, ours by
-length.
+where something else is faster too: of the last layer, ours computes only what [CLS] needs. Evaluation is of dev's rows: the
+Trainer takes them in the order of the file, ours by length.
 """
 
 from __future__ import annotations
