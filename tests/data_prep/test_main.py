@@ -59,7 +59,7 @@ BAD = {
         ["protein.fasta", "'sp|P1|INS_HUMAN'", "'L'"],
     ),
     "cut.fa.gz": (
-        gzip.compress(b">chr1\n" + b"ACGT" * 500)[:-9],
+        gzip.compress(b">chr1\n" + b"ACGT" * 500, mtime=0)[:-9],
         ["cut.fa.gz", "truncated"],
     ),
     "headless.fna": (b"ACGTACGT\n", ["headless.fna", "header"]),
