@@ -37,7 +37,7 @@ class InputError(Exception):
     """Bad input or configuration. The message is one line naming the file, record or key, and the remedy."""
 
 
-BAD_INPUT_ERRORS = (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+BAD_INPUT_ERRORS = (InputError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class Hung(Exception):
@@ -50,7 +50,7 @@ class StopRequested(Exception):
 
 def log(message: str) -> None:
     """Write one line to stderr; stdout is kept for results."""
-    print(message, file=sys.stderr, flush=True)
+    print(f"{message}\n", end="", file=sys.stderr, flush=True)  # in one piece: several processes write there
 
 
 def progress(items: Iterable[Item], *, total: int | None, unit: str, every_seconds: float = 15.0) -> Iterator[Item]:

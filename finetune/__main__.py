@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli import add_verb, main
+from data_prep.cli import add_verb, main, stoppable
 from finetune.options import add_shared, shared_options
 
 # Verb -> module with add_arguments and run, help. Imported when it is asked for: each needs other libraries.
@@ -42,10 +42,9 @@ def run_run(args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune once."""
     from finetune.run import run as run_once
 
-    options = shared_options(args)
-    return run_once(
-        args.model, args.task, args.out, seed=args.seed, protocol=args.protocol or "strict", export=args.export, **options
-    )
+    options = shared_options(args) | {"seed": args.seed, "protocol": args.protocol or "strict", "export": args.export}
+    with stoppable():
+        return run_once(args.model, args.task, args.out, **options)
 
 
 def run_gue(args: argparse.Namespace) -> dict[str, Any]:

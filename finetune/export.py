@@ -19,18 +19,17 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from data_prep.cli import InputError, one_line
+from data_prep.cli import InputError, log, one_line
 from data_prep.codec import TextEncoder
 from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from finetune.metrics import Objective
 from finetune.model import Classifier
 from finetune.results import fingerprint
-from finetune.sources import Source
+from finetune.sources import CLASSIFIER, Source, is_fine_tuned
 from pretrain.hf import huggingface_config, whole_directory, write_files
 from pretrain.model import ModelConfig
 from pretrain.pretrained import check_tokenizer, parse_config, read_config
 
-CLASSIFIER = "DNABERT2ForSequenceClassification"
 WEIGHTS = "model.safetensors"
 
 
@@ -43,6 +42,11 @@ class FineTuned:
     objective: Objective  # outputs are in the labels' unit already
     tokenizer: Tokenizer
     about: dict[str, Any]  # the config's `fine_tuned`: task, scores
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the training files' sequences: one, or two of pairs."""
+        return list(self.about.get("columns", ["sequence", "label"]))[:-1]
 
 
 def export_classifier(model: Classifier, objective: Objective, source: Source, result: Mapping[str, Any], out: Path) -> None:
@@ -58,7 +62,7 @@ def export_classifier(model: Classifier, objective: Objective, source: Source, r
     about = {
         key: result[key] for key in ("task", "kind", "metric", "method", "protocol", "seed", "dev", "test", "test_clean")
     }
-    about["run_sha256"] = fingerprint(result)
+    about |= {"run_sha256": fingerprint(result), "columns": result["data"]["columns"]}
     config = huggingface_config(source.config) | {
         "architectures": [CLASSIFIER],
         "add_pooling_layer": True,
@@ -70,6 +74,7 @@ def export_classifier(model: Classifier, objective: Objective, source: Source, r
     }
     with whole_directory(out) as partial:
         write_files(partial, config, tensors, _tokenizer_json(source.tokenizer), _model_card(model, source, result))
+    log(f"{out}: the fine-tuned model, for `finetune predict` and AutoModelForSequenceClassification")
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
@@ -80,14 +85,6 @@ def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=specials
     )
     return str(copy.to_str(pretty=True)).encode()
-
-
-def is_fine_tuned(directory: Path) -> bool:
-    """Whether a Hugging Face directory has a classifier; False for whatever can't be read."""
-    try:
-        return CLASSIFIER in json.loads((directory / "config.json").read_bytes()).get("architectures", [])
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def run_of(directory: Path) -> str | None:
@@ -104,6 +101,8 @@ def read_fine_tuned(directory: Path) -> FineTuned:
     Raises InputError naming the file and the tensor that is missing, too much, or of another shape.
     """
     path, weights = directory / "config.json", directory / WEIGHTS
+    if not directory.is_dir():
+        raise InputError(f"{directory}: not a directory")
     if not is_fine_tuned(directory):
         raise InputError(f"{path}: not the config of a fine-tuned model ({CLASSIFIER}); make one: finetune run --export DIR")
     config = parse_config(read_config(path), path)
@@ -150,6 +149,7 @@ def _model_card(model: Classifier, source: Source, result: Mapping[str, Any]) ->
         "logits.softmax(-1)  # chance of each class" if data["classes"] > 1 else "logits.squeeze(-1)  # in the labels' unit"
     )
     leaks = data["test"]["leaked"]
+    collapse = "\n\n**It predicts the same for every test row: this run failed.**" if result["collapsed"] else ""
     warning = f"\n\n{leaks:,} of the test rows have a sequence that train or dev holds too." if leaks else ""
     what = f"{data['classes']} classes" if data["classes"] > 1 else "regression"
     intro = "\n".join(
@@ -160,6 +160,10 @@ def _model_card(model: Classifier, source: Source, result: Mapping[str, Any]) ->
             f"{result['steps']}.",
         ]
     )
+    texts, pairs, example = "[text]", "", "sequences.fa"
+    if len(data["columns"]) == 3:
+        first, second, _ = data["columns"]
+        texts, pairs, example = "[text], [text]", f"  # {first}, {second}", f"pairs.csv --columns {first} {second}"
     return f"""\
 ---
 library_name: transformers
@@ -175,20 +179,21 @@ tags: [biology, dna, genomics]
 {scores}
 
 One run with one seed, whose weights were chosen on dev: its dev score is optimistic, and another seed gives another
-score.{warning}
+score.{warning}{collapse}
 
 ```python
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+DIRECTORY = "."  # this one
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
 model = AutoModelForSequenceClassification.from_pretrained(DIRECTORY, trust_remote_code=True).eval()
 text = "ACGTAGCATCGGATCTATCTATCGACACTTGGTTATCGATCTACG"{spacing}
 with torch.no_grad():
-    logits = model(**tokenizer([text], return_tensors="pt")).logits
+    logits = model(**tokenizer({texts}, return_tensors="pt")).logits{pairs}
 {output}
 ```
 
-Or without transformers: `python -m finetune predict --model DIRECTORY --input sequences.fa --out predictions.csv`.
+Or without transformers: `python -m finetune predict --model DIRECTORY --input {example} --out predictions.csv`.
 Sequences are upper-case A, C, G, T, as in the training data; any other letter becomes `[UNK]`.
 """

@@ -61,7 +61,7 @@ def check_splits(path: Path) -> None:
     if path.is_file():
         return
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; {EXPECTED}")
+        raise InputError(f"{path}: no such file or folder; {EXPECTED}")
     files, name = split_files(path), task_name(path)
     missing = [split for split in SPLITS if split not in files]
     if "train" in missing:

@@ -23,8 +23,9 @@ from torch import Tensor
 from data_prep.cli import InputError
 from data_prep.dataset import SPECIALS
 from finetune.batches import micro_batches, pack
-from finetune.export import is_fine_tuned, read_fine_tuned
+from finetune.export import read_fine_tuned
 from finetune.sequences import Named
+from finetune.sources import is_fine_tuned
 from finetune.tokens import Encoder, Tokens
 from kernels import MAX_SEQUENCE
 from pretrain.implementations import choose_alone

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data_prep.cli import InputError, log, replacing
 from finetune.data import Rows
 from finetune.export import FineTuned, read_fine_tuned
-from finetune.sequences import COLUMN, Named, read_sequences
+from finetune.sequences import Named, has_other_letters, is_fasta, read_sequences
 from finetune.tasks import Settings
 from finetune.tokens import Encoder, tokenize
 from finetune.train import predict as outputs_of
@@ -52,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         nargs="+",
-        default=[COLUMN],
         metavar="NAME",
-        help=f"of a CSV file: the column of sequences, or the two of pairs (default: {COLUMN})",
+        help="of a CSV file: the column of sequences, or the two of pairs (default: those that the model was trained on)",
     )
     parser.add_argument(
         "--window", type=int, metavar="BASES", help="cut longer sequences into windows, each predicted alone"
@@ -70,23 +69,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The verb; returns what `--json` prints."""
-    if len(args.columns) > 2:
-        raise InputError(f"--columns {' '.join(args.columns)}: one, or two of pairs")
-    if args.window is not None and (args.window < 1 or len(args.columns) == 2):
-        raise InputError(f"--window {args.window}: must be at least 1, and pairs aren't cut")
+    if args.out.is_dir():
+        raise InputError(f"{args.out}: is a folder; name a file")
     tuned = read_fine_tuned(args.model)
+    columns = args.columns or tuned.columns
+    if len(columns) != len(tuned.columns):
+        kinds = {1: "single sequences", 2: f"pairs ({' and '.join(tuned.columns)})"}
+        raise InputError(
+            f"{args.model}: was trained on {kinds[len(tuned.columns)]}; "
+            f"--columns {' '.join(columns)}: name {len(tuned.columns)}"
+        )
+    if args.window is not None and (args.window < 1 or len(columns) == 2):
+        raise InputError(f"--window {args.window}: must be at least 1, and pairs aren't cut")
+    if len(columns) == 2 and is_fasta(args.input):
+        raise InputError(
+            f"{args.input}: is FASTA, and {args.model} was trained on pairs; give a CSV file with both sequences"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     names = choose_alone(tuned.config, device, dtype, args.max_length or MAX_SEQUENCE, args.kernels)
     tuned.model.to(device)
     settings = Settings(dtype=args.dtype, max_length=args.max_length)
-    rows = 0
+    rows = letters = 0
     counts: NDArray[np.int64] = np.zeros(tuned.objective.classes, dtype=np.int64)
     with replacing(args.out) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header(tuned))
-        for inputs in _chunks(_inputs(args.input, args.columns, args.window, tuned)):
+        for inputs in _chunks(_inputs(args.input, columns, args.window, tuned)):
+            letters += sum(has_other_letters(item.first.text) for item in inputs)
             outputs = outputs_of(
                 tuned.model, _tokens(args.input, inputs, tuned, settings), tuned.objective, settings, device
             )
@@ -99,6 +110,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             log(f"{rows:,} sequences")
         text.detach()  # so that it doesn't close the stream
     log(f"{args.out}: {rows:,} rows" + (f", by class {', '.join(map(str, counts.tolist()))}" if len(counts) > 1 else ""))
+    if letters:
+        log(f"{args.input}: {letters:,} sequences have letters other than A, C, G, T, fed as they are; most become [UNK]")
     classes = counts.tolist() if len(counts) > 1 else None
     return {"out": str(args.out), "rows": rows, "rows_a_class": classes, "task": tuned.about.get("task"), "kernels": names}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ REQUIRED = (
     "data", "dev", "test", "test_clean", "collapsed", "predictions", "predictions_sha256",
 )  # fmt: skip
 RANDOM, KMER, CNN = "random", "kmer", "cnn"
+LINEAR = {  # settings of methods that are no training
+    KMER: ("method", "best_by", "clean"),
+    "probe": ("method", "best_by", "clean", "pooling", "max_length", "dtype"),
+}
 BASELINES = {KMER: "kmer-logistic", CNN: "cnn"}  # models that are no encoder, and what they are called in tables
 
 
@@ -114,15 +118,20 @@ def whole_predictions(path: Path, result: Mapping[str, Any]) -> bool:
     return predictions.is_file() and hashlib.sha256(predictions.read_bytes()).hexdigest() == result["predictions_sha256"]
 
 
+def relevant(method: str, names: Iterable[str]) -> list[str]:
+    """Those settings that mean something to a method: the fits of `finetune.linear` have no steps and no rate."""
+    return [name for name in names if method not in LINEAR or name in LINEAR[method]]
+
+
 def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
     source, data = result["source"], result["data"]
     return {
-        **result["settings"],
+        **{name: result["settings"][name] for name in relevant(result["method"], result["settings"])},
         **{f"model {key}": value for key, value in source["config"].items()},
         "task": result["task"],
         "kind": result["kind"],
         "columns": data["columns"],
-        "protocol": result["protocol"],
+        **({} if result["method"] in LINEAR else {"protocol": result["protocol"]}),  # its settings are above
         "seed": result["seed"],
         "encoder sha256": source["encoder_sha256"],
         "tokenizer sha256": source["tokenizer_sha256"],

@@ -44,6 +44,7 @@ from finetune.results import (
     label_of,
     method_of,
     read_result,
+    relevant,
     result_path,
     same_run,
     whole_predictions,
@@ -51,7 +52,7 @@ from finetune.results import (
 from finetune.sources import Source, open_source
 from finetune.tasks import PUBLISHED, Protocol, Settings, metric_of, settings_for
 from finetune.tokens import Tokens, tokenize
-from finetune.train import embed, predict, total_steps, train
+from finetune.train import embed, fitting_warmup, predict, total_steps, train
 from kernels import MAX_SEQUENCE
 from pretrain.implementations import choose_alone
 
@@ -102,6 +103,9 @@ def run(
     name = label_of(model, like, label, method, changes.get("pooling"))
     task = read_task(task_path, columns)
     settings = settings_for(task.name, protocol, method=method, **changes)
+    given = {key for key, value in changes.items() if value is not None}
+    settings, shortened = fitting_warmup(settings, len(task.splits["train"].labels), given)
+    given |= shortened
     if export is not None and method not in ("full", "lora"):
         raise InputError(f"--export goes with fine-tuning (--method full or lora); {method} leaves no such model")
     leaks = leaked(task)
@@ -117,7 +121,7 @@ def run(
         "method": method,
         "deterministic": is_deterministic(model, method),
         "protocol": protocol,
-        "changed": sorted(key for key, value in changes.items() if value is not None),
+        "changed": relevant(method, sorted(given)),
         "seed": seed,
         "settings": settings.model_dump(),
         "source": _describe_source(prepared),
@@ -132,6 +136,8 @@ def run(
         return _summary(done, path, already_done=True)
     if export is not None and not exported and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise InputError(f"{export}: exists and is not an empty directory; name another one, or remove it")
+    if done is not None:
+        log(f"{path}: this run is done, and is done again for the weights, which are kept by --export only")
     _make_folder(path.parent)
     _report_input(prepared, leaks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

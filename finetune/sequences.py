@@ -23,9 +23,15 @@ from data_prep.inputs.fasta import GZIP_MAGIC, DamagedGzip, read_chunks, read_fa
 
 COLUMN = "sequence"
 LINE_LETTERS = 1 << 24  # of a CSV file: a row is held as a whole; longer sequences belong into FASTA files
+_OTHER = re.compile(r"[^ACGT]")
 _REGION = re.compile(r"(.+):(\d+)-(\d+)")
 _PART = "give a part: --record NAME:START-END"
 _TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "newline": ""}
+
+
+def has_other_letters(text: str) -> bool:
+    """Whether there is another letter than A, C, G, T: most tokenizers make [UNK] of it."""
+    return bool(_OTHER.search(text))
 
 
 class Named(NamedTuple):
@@ -131,14 +137,14 @@ def _pieces(path: Path, column: str) -> Iterator[_Piece]:
     """The file's letters in order, of either format."""
     if not path.is_file():
         raise InputError(f"{path}: {'not a file, and a pipe can not be read twice' if path.exists() else 'not found'}")
-    if not _is_fasta(path):
+    if not is_fasta(path):
         yield from _read_csv(path, column)
         return
     for piece in read_fasta(path):
         yield _Piece(piece.record, piece.name, piece.start, piece.bases.decode(), f"{path}, record {piece.name!r}")
 
 
-def _is_fasta(path: Path) -> bool:
+def is_fasta(path: Path) -> bool:
     """Whether the first byte that is no white space is `>`."""
     try:
         for chunk in without_mark(path, read_chunks(path)):
@@ -161,7 +167,7 @@ def _read_csv(path: Path, column: str) -> Iterator[_Piece]:
             if header.count(column) != 1:
                 raise InputError(
                     f"{path}, line 1: needs one column {column!r}, the header is {','.join(header)[:100]!r}; "
-                    "name the column: --column NAME"
+                    "name it: --column or --columns"
                 )
             place = header.index(column)
             for record, row in enumerate(filter(None, rows)):

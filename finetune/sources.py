@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from data_prep.cli import InputError, StopRequested, log
 from data_prep.tokenizing.train import train_bpe
-from finetune.results import RANDOM
+from finetune.results import BASELINES, RANDOM
 from pretrain.config import PRESETS
 from pretrain.model import ModelConfig
 
+CLASSIFIER = "DNABERT2ForSequenceClassification"
 MINIMUM_OCCURRENCES = 5  # of a merge in the training sequences: an embedding that is seen less learns nothing
 
 
@@ -37,6 +39,26 @@ class Source:
         return hashlib.sha256(self.tokenizer_json).hexdigest()
 
 
+def is_fine_tuned(directory: Path) -> bool:
+    """Whether a Hugging Face directory has a classifier; False for whatever can't be read."""
+    try:
+        return CLASSIFIER in json.loads((directory / "config.json").read_bytes()).get("architectures", [])
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_model(model: str) -> None:
+    """InputError where this can't be a model to start from; its weights are not looked at."""
+    path = Path(model)
+    if model in (RANDOM, *BASELINES):
+        return
+    if is_fine_tuned(path):
+        raise InputError(f"{path}: is fine-tuned already; give the pre-trained model that it was made of")
+    if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+        what = "neither a run directory (no checkpoints/) nor a Hugging Face directory (no config.json)"
+        raise InputError(f"{path}: {what if path.is_dir() else 'not a directory'}")
+
+
 def open_source(model: str, like: str | None, train_sequences: Iterable[str]) -> Source:
     """Open `--model` (a run directory, a Hugging Face directory or `random`) and `--like`.
 
@@ -50,6 +72,7 @@ def open_source(model: str, like: str | None, train_sequences: Iterable[str]) ->
     from pretrain.pretrained import load_pretrained
 
     path = Path(model if like is None else like)
+    check_model(str(path))
     found = load_pretrained(path)
     data = found.tokenizer.read_bytes()
     try:

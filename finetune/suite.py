@@ -114,7 +114,13 @@ def gue(
     if processes is not None and processes < 1:
         raise InputError(f"--processes {processes}: must be at least 1")
     runs = plan_runs(model, data, seeds=seeds, protocol=protocol or "strict", **options)
+    from finetune.sources import check_model  # here, for it needs torch
+
+    for name in {run.model for run in runs} | {like for run in runs if (like := run.options.get("like"))}:
+        check_model(name)  # now, not after the runs of others
     mine = runs[task or 0 :: num_tasks or 1]
+    if not mine:
+        log(f"there are {len(runs)} runs, of which none falls to --task {task} of {num_tasks}")
     suite = _Suite(mine, out)
     with stoppable():
         suite.work(*_devices(processes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from data_prep.cli import InputError, log, progress
 from finetune.batches import epoch_order, micro_batches, pack
 from finetune.metrics import Objective
 from finetune.model import Classifier
+from finetune.results import LINEAR
 from finetune.tasks import Settings
 from finetune.tokens import Tokens
 
@@ -37,6 +38,17 @@ class Trained:
     curves: list[dict[str, Any]]  # an entry an evaluation: step, epoch, learning_rate, train_loss, dev_loss, dev_<score>
     tokens: int  # that training took through the model
     seconds: float  # of training, evaluations not included
+
+
+def fitting_warmup(settings: Settings, rows: int, given: Collection[str]) -> tuple[Settings, set[str]]:
+    """The settings with a warm-up that is shorter than the run, and what was changed: one that was given stays as it is."""
+    steps = [settings.epochs * math.ceil(rows / settings.batch_size)] if settings.epochs is not None else []
+    steps += [settings.max_steps] if settings.max_steps is not None else []
+    if not steps or settings.method in LINEAR or "warmup_steps" in given or settings.warmup_steps < min(steps):
+        return settings, set()
+    warmup = min(steps) // 10
+    log(f"the run has {min(steps)} steps, so its warm-up is {warmup} steps instead of {settings.warmup_steps}")
+    return settings.model_copy(update={"warmup_steps": warmup}), {"warmup_steps"}
 
 
 def total_steps(rows: int, settings: Settings) -> int:

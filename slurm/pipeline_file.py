@@ -160,7 +160,8 @@ class Finetune(Section):
                 settings = settings_for(task, self.protocol or "strict", **changes)
             except InputError as error:
                 raise InputError(f"finetune: {error}") from None
-            if settings.max_steps is not None and settings.warmup_steps >= settings.max_steps:
+            given = self.warmup_steps is not None  # another one is shortened
+            if given and settings.max_steps is not None and settings.warmup_steps >= settings.max_steps:
                 raise InputError(
                     f"finetune: warmup-steps is {settings.warmup_steps} for {task}, which has only {settings.max_steps} "
                     "steps; give fewer, or a longer run"

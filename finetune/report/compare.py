@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.cli import InputError
 from finetune.report.collect import SHOWN_PUBLISHED, Row, mean, published_scores
-from finetune.report.statistics import Floats, draw_seeds, holm, interval, mean_over_tasks, p_value, run_replicates
+from finetune.report.statistics import Floats, draw_seeds, holm, interval, p_value, run_replicates
 from finetune.tasks import GROUPS
 
 SIGNIFICANT = 0.05  # of a p value after Holm's adjustment
@@ -189,8 +189,8 @@ def verdict(found: Sequence[Difference], model: str, reference: str) -> str:
     better, worse = (sum(sign * difference > 0 for difference in values) for sign in (1, -1))
     sure = [difference for difference, p in tested if p <= SIGNIFICANT]
     sure_better, sure_worse = (sum(sign * difference > 0 for difference in sure) for sign in (1, -1))
-    spread = mean_over_tasks(values, [one.task for one, _ in known])
-    reach = f" (95 % interval over tasks {spread[0]:+.2f} to {spread[1]:+.2f})" if spread else ""
+    spread = _mean_interval([one.replicates_b for one, _ in known])
+    reach = f" (95 % interval {spread[0]:+.2f} to {spread[1]:+.2f}, of rows and seeds on these tasks)" if spread else ""
     untested = f" {len(known) - len(tested)} could not be tested." if len(known) > len(tested) else ""
     left_out = f" {len(found) - len(known)} more could not be compared." if len(found) > len(known) else ""
     return (

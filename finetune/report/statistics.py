@@ -80,14 +80,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mean_over_tasks(differences: Sequence[float], names: Sequence[str]) -> tuple[float, float] | None:
-    """Interval of the mean of differences when tasks are drawn with replacement; None for fewer than two tasks."""
-    if len(differences) < 2:
-        return None
-    drawn = generator("tasks", *names).integers(len(differences), size=(REPLICATES, len(differences)))
-    return interval(np.asarray(differences)[drawn].mean(axis=1))
-
-
 def weighted_score(
     metric: str,
     weights_bn: NDArray[np.float32],

@@ -78,12 +78,31 @@ def test_transformers_and_predict_give_the_scored_outputs(exported, tmp_path):
     assert run([*command, "--columns", *columns]) == 0
     rows = predictions(out)
     assert [row["name"] for row in rows[:2]] == ["row-1", "row-2"] and len(rows) == len(expected)
+    given = out.read_bytes()
+    assert run(command) == 0 and out.read_bytes() == given  # the columns that it was trained on
     if kind == "regression":
         assert np.abs(np.array([float(row["value"]) for row in rows]) - expected[:, 0]).max() < 1e-2
     else:
         chances = np.array([[float(row["probability_0"]), float(row["probability_1"])] for row in rows])
         assert np.log(chances[:, 1] / chances[:, 0]) == pytest.approx(expected[:, 1] - expected[:, 0], abs=1e-3)
         assert [int(row["class"]) for row in rows] == expected.argmax(1).tolist()
+
+
+def test_a_model_of_pairs_predicts_pairs_and_another_one_none(exported, tmp_path, capsys):
+    kind, task, _, directory = exported
+    (tmp_path / "x.fa").write_text(">a\nACGTACGTnn\n")
+    command = ["predict", "--model", str(directory), "--out", str(tmp_path / "out.csv"), "--input"]
+    if kind == "pairs":
+        assert run([*command, str(tmp_path / "x.fa")]) == 2
+        assert "is FASTA, and " in capsys.readouterr().err
+        assert run([*command, str(task / "test.csv"), "--columns", "first"]) == 2
+        assert "was trained on pairs (first and second); --columns first: name 2" in capsys.readouterr().err
+        assert "tokenizer([text], [text]" in (directory / "README.md").read_text()
+    else:
+        assert run([*command, str(tmp_path / "x.fa")]) == 0
+        assert "x.fa: 1 sequences have letters other than A, C, G, T" in capsys.readouterr().err
+        assert run([*command, str(task / "test.csv"), "--columns", "sequence", "label"]) == 2
+        assert "was trained on single sequences" in capsys.readouterr().err
 
 
 def test_the_model_card_says_what_it_is(exported):

@@ -82,6 +82,26 @@ def test_a_finished_run_is_not_done_again(finished, planted, capsys):
     assert path.stat().st_mtime_ns == before
 
 
+def test_a_fit_without_steps_is_the_same_run_whatever_the_steps(planted, tmp_path, capsys):
+    kmer = ["run", "--model", "kmer", "--task", str(planted), "--out", str(tmp_path)]
+    assert run(kmer) == 0
+    assert run([*kmer, "--learning-rate", "1e-4", "--max-steps", "60", "--protocol", "paper", "--best-by", "score"]) == 0
+    assert "done already" in capsys.readouterr().err
+    result = json.loads((tmp_path / "made__up" / "kmer-logistic" / "seed-0.json").read_text())
+    assert result["changed"] == []
+    assert run([*kmer, "--clean"]) == 2
+
+
+def test_a_warm_up_that_nobody_gave_is_fitted_to_a_short_run(planted, tmp_path, capsys):
+    short = ["run", "--model", "random", "--task", str(planted), "--out", str(tmp_path), "--max-steps", "20"]
+    assert run(short) == 0
+    assert "the run has 20 steps, so its warm-up is 2 steps instead of 50" in capsys.readouterr().err
+    result = json.loads((tmp_path / "made__up" / "random" / "seed-0.json").read_text())
+    assert result["settings"]["warmup_steps"] == 2 and result["changed"] == ["max_steps", "warmup_steps"]
+    assert run([*short, "--warmup-steps", "20"]) == 2
+    assert "--warmup-steps 20: the run has only 20 steps" in capsys.readouterr().err
+
+
 def test_other_columns_are_another_run(planted, tmp_path, capsys):
     for split in ("train", "dev", "test"):
         rows = (planted / f"{split}.csv").read_text().splitlines()

@@ -142,6 +142,9 @@ def test_random_beside_a_checkpoint_has_its_shape(benchmark, huggingface, tmp_pa
     labels = ("my model", "random-like-my model")
     model, random = (json.loads((tmp_path / "lone" / label / "seed-0.json").read_text()) for label in labels)
     assert model["source"]["config"] == random["source"]["config"] and random["source"]["kind"] == "random"
+    capsys.readouterr()
+    assert run([*command, "--seeds", "2", "--baselines", "nothing"]) == 2  # before the second seed of the first model
+    assert capsys.readouterr().err == "python -m finetune: error: nothing: not a directory\n"
     assert run([*command, "--baselines", "random", str(huggingface)]) == 2
     assert "two of the models are called my model" in capsys.readouterr().err
 

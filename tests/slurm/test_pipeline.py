@@ -187,7 +187,7 @@ def test_what_is_there_is_left_out(inputs, capfd):
         ("finetune: {kernels: apex}", "finetune.kernels: Input should be 'auto', 'triton' or 'torch'"),
         ("finetune: {label: a/b}", "finetune.label: String should match pattern"),
         ("finetune: {batch-size: 0}", "finetune: --batch-size 0: Input should be greater than or equal to 1"),
-        ("finetune: {max-steps: 30}", "warmup-steps is 30 for tf/0, which has only 30 steps"),
+        ("finetune: {max-steps: 30, warmup-steps: 30}", "warmup-steps is 30 for tf/0, which has only 30 steps"),
         ("dataset: there", "give either genomes or dataset"),
         ("tokenizer: none.json", "none.json: no such file"),
         (

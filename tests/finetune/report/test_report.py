@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,9 @@ def test_differences_are_tested_and_adjusted_over_tasks(results, tmp_path):
     assert float(planted["p"]) == pytest.approx(1 / 2001) and float(planted["p_holm"]) == pytest.approx(3 / 2001)
     assert float(none["low"]) < 0 < float(none["high"]) and float(none["p_holm"]) > 0.05
     text = report(results.folder, tmp_path, compare=["a", "b"])["verdict"]
+    low, high = map(float, re.findall(r"interval ([+-][\d.]+) to ([+-][\d.]+)", text)[0])
+    widths = [float(row["high"]) - float(row["low"]) for row in rows.values()]
+    assert low < 0.9 * high and (high - low) > min(widths) / len(widths)  # as wide as rows and seeds make it
     assert "after Holm's adjustment, better in 2 and worse in 0" in text and text in (tmp_path / "table.md").read_text()
     assert "better in 0 and worse in 2" in report(results.folder, tmp_path, compare=["b", "a"])["verdict"]
 

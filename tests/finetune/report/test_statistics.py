@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from finetune.metrics import correlations
 from finetune.report import statistics
-from finetune.report.statistics import draw_seeds, holm, interval, mean_over_tasks, p_value, run_replicates, weighted_score
+from finetune.report.statistics import draw_seeds, holm, interval, p_value, run_replicates, weighted_score
 
 
 def classes_of(count: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +134,3 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.6]) == [1, 1]
     assert holm([]) == []
-
-
-def test_interval_over_tasks():
-    assert mean_over_tasks([1.0], ["a"]) is None
-    low, high = mean_over_tasks([1.0, 1.2, 0.8, 1.0], list("abcd")) or (0, 0)
-    assert 0.8 < low < 1 < high < 1.2
