@@ -70,7 +70,7 @@ def test_missing_files_and_folders(small_task):
         InputError, match=r"train.csv: not found; .*columns sequence,label.* it has dev.csv, test.csv, training.csv"
     ):
         read_task(small_task)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         read_task(small_task / "nothing")
 
 

@@ -48,11 +48,11 @@ def test_a_run_directory_answers_as_the_hugging_face_directory(tmp_path: Path) -
 
 def test_sequences_that_the_model_cannot_take(tmp_path: Path) -> None:
     opened = open_model(write_model(tmp_path / "model", "overlapping-kmer"))
-    assert opened.least_bases == 3
+    assert opened.encoder.least_bases == 3
     with pytest.raises(InputError, match=r"test, s0: 'AC' has no token .* of 3-mers"):
         opened.encode(named(["AC"]))
     longest = "A" * (LONGEST + 2)
-    assert len(opened.encode(named([longest]))[0][0]) == LONGEST <= opened.most_bases
+    assert len(opened.encode(named([longest]))[0][0]) == LONGEST <= opened.encoder.most_bases
     with pytest.raises(InputError, match=r"here: 10,239 tokens, the model takes 10,238; cut it"):
         opened.encode([Named("long", longest + "A", "here", "cut it")])
     parts, truncated = opened.encode(named([*random_sequences(1, 30, least=20), "ACGT"]), max_length=6)
