@@ -13,11 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from data_prep.cli import InputError
+from data_prep.cli import InputError, StopRequested
 from data_prep.dataset import SPECIALS
 from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING, read_kmers
 
 RUN_BASES = 8_192  # of text tokenized at once: the library's fastest length, and a token seldom reaches over its edge
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json that neither truncates nor pads, whatever the file says. InputError where it is none."""
+    data = file.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except StopRequested:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise InputError(f"{file}: not a Hugging Face tokenizer.json ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextEncoder:

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from data_prep.cli import InputError, log, one_line, write_atomically
-from data_prep.codec import TextEncoder
+from data_prep.codec import TextEncoder, open_tokenizer
 from finetune.audit_report import as_csv, as_line, as_markdown
 from finetune.data import MOST_CLASSES, Columns, Rows, read_rows, strandless
 from finetune.folders import SPLITS, find_tasks, split_files, task_name
@@ -135,15 +134,7 @@ def _paths(data: Path, names: Sequence[str] | None) -> dict[str, Path]:
 
 
 def _open_encoder(path: Path) -> TextEncoder:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    data = file.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_str(data.decode())
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise InputError(f"{file}: not a Hugging Face tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return TextEncoder(tokenizer)
+    return TextEncoder(open_tokenizer(path / "tokenizer.json" if path.is_dir() else path))
 
 
 def _read(path: Path, said: Columns) -> tuple[dict[str, Rows], list[str]]:

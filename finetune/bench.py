@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.cli import InputError, dump_json, log, write_atomically
+from data_prep.codec import open_tokenizer
 from data_prep.synthesize import synthesize
 from data_prep.tokenizing.train import train_bpe
 from finetune.batches import pack
@@ -308,21 +309,10 @@ def _model(args: argparse.Namespace, task: Task) -> tuple[ModelConfig, dict[str,
         if args.like or args.sizes or args.tokenizer:
             raise InputError("--model has sizes and a tokenizer of its own; leave out --like, --sizes and --tokenizer")
         found = load_pretrained(args.model)
-        return found.config, found.weights, _tokenizer(found.tokenizer)
+        return found.config, found.weights, open_tokenizer(found.tokenizer)
     config = load_config(args.like or "tiny", [f"model.{size}" for size in args.sizes]).model
     if args.tokenizer is None:
         tokenizer = train_bpe(task.splits["train"].sequences, config.vocab_size, MINIMUM_OCCURRENCES)
     else:
-        tokenizer = _tokenizer(args.tokenizer)
+        tokenizer = open_tokenizer(args.tokenizer)
     return config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()}), None, tokenizer
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    data = path.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_str(data.decode())
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise InputError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

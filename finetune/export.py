@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from data_prep.cli import InputError, log, one_line
-from data_prep.codec import TextEncoder
+from data_prep.codec import TextEncoder, open_tokenizer
 from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from finetune.metrics import Objective
 from finetune.model import Classifier
@@ -118,9 +118,7 @@ def read_fine_tuned(directory: Path) -> FineTuned:
         raise InputError(f"{weights}: can't be read: {one_line(error)}") from None
     _check(weights, {name: tensor.shape for name, tensor in model.state_dict().items()}, tensors)
     model.load_state_dict(tensors)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(directory / "tokenizer.json")
     return FineTuned(config, model.eval(), Objective(classes), tokenizer, dict(content.get("fine_tuned", {})))
 
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.cli import InputError
+from data_prep.codec import open_tokenizer
 from data_prep.dataset import SPECIALS
 from finetune.batches import micro_batches, pack
 from finetune.export import read_fine_tuned
@@ -143,10 +144,7 @@ def open_model(
     else:
         found = load_pretrained(path)
         config, file = found.config, found.tokenizer
-    data = file.read_bytes()
-    tokenizer = Tokenizer.from_str(data.decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(file)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise InputError(f"{file}: has a token {largest}, but the model's vocab_size is {config.vocab_size}")
@@ -163,7 +161,7 @@ def open_model(
         config=config,
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
-        tokenizer_sha256=hashlib.sha256(data).hexdigest(),
+        tokenizer_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         encoder=Encoder(tokenizer, config.vocab_size),
         device=device,
         bf16=bf16,

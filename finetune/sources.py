@@ -13,7 +13,8 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_prep.cli import InputError, StopRequested, log
+from data_prep.cli import InputError, log
+from data_prep.codec import open_tokenizer
 from data_prep.tokenizing.train import train_bpe
 from finetune.results import BASELINES, RANDOM
 from pretrain.config import PRESETS
@@ -74,20 +75,11 @@ def open_source(model: str, like: str | None, train_sequences: Iterable[str]) ->
     path = Path(model if like is None else like)
     check_model(str(path))
     found = load_pretrained(path)
-    data = found.tokenizer.read_bytes()
-    try:
-        tokenizer = Tokenizer.from_str(data.decode())
-    except StopRequested:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise InputError(f"{found.tokenizer}: not a Hugging Face tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return Source(
         where=str(path),
         config=found.config,
-        tokenizer=tokenizer,
-        tokenizer_json=data,
+        tokenizer=open_tokenizer(found.tokenizer),
+        tokenizer_json=found.tokenizer.read_bytes(),
         weights=found.weights if like is None else None,
         about={"kind": "pretrained" if like is None else RANDOM, "path": str(path), "source": found.source},
     )
