@@ -64,6 +64,7 @@ def _shard(args: argparse.Namespace) -> dict[str, Any]:
         args.packing,
         args.strands,
         args.duplicates,
+        args.region_tokens,
     )
     options.check()
     if args.exclude is not None:
@@ -160,6 +161,13 @@ def build_parser() -> argparse.ArgumentParser:
     _number(verb, "--sequence-length", planning.SEQUENCE_LENGTH, "tokens of a sequence, with [CLS] and [SEP]")
     _number(verb, "--unit-bases", planning.UNIT_BASES, "bases of a unit of work, which has a shard of its own")
     _number(verb, "--region-bases", REGION_BASES, "bases of a region, which is all train or all validation")
+    _number(
+        verb,
+        "--region-tokens",
+        None,
+        "--sequence-length of a dataset of the same genomes whose regions, and so validation, this one shall have "
+        "(default: regions of small genomes are longer for longer sequences)",
+    )
     verb.add_argument(
         "--valid-fraction",
         type=float,

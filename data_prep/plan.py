@@ -59,6 +59,7 @@ class Options:
     packing: str = PACKINGS[0]
     strands: str = STRANDS[0]
     duplicates_removed: str = DUPLICATES[0]
+    region_tokens: int | None = None  # cut small genomes into the regions of sequences of this length; None: of our own
 
     def check(self) -> None:
         """Raise InputError naming the option that can't be."""
@@ -67,7 +68,7 @@ class Options:
             raise InputError(f"--sequence-length {self.sequence_length}: must be from {shortest} to {longest} tokens")
         if not 0 <= self.valid_fraction < 1:
             raise InputError(f"--valid-fraction {self.valid_fraction}: must be at least 0 and below 1")
-        for key in ("unit_bases", "region_bases", "streams"):
+        for key in ("unit_bases", "region_bases", "streams", "region_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"--{key.replace('_', '-')} {value}: must be at least 1")
@@ -282,8 +283,10 @@ def region_bases_of(bases: int, options: Options) -> int:
 
     A region is not cut so small, though, that its edges would shorten many of its sequences; so the smallest genomes (below
     100 bases a token of a sequence / `valid_fraction`: 640 kb) have a validation region by chance only.
+
+    With `region_tokens` that length is another's, so that datasets of several lengths have the same regions.
     """
-    smallest = REGION_BASES_A_TOKEN * options.sequence_length
+    smallest = REGION_BASES_A_TOKEN * (options.region_tokens or options.sequence_length)
     return min(options.region_bases, max(smallest, int(bases * options.valid_fraction)))
 
 

@@ -7,7 +7,6 @@ encoder's own. Shapes in names as in pretrain/model.py; b sequences, c classes.
 from __future__ import annotations
 
 import hashlib
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ import kernels
 from data_prep.cli import InputError
 from finetune.tasks import Pooling
 from kernels.random import root_key
-from pretrain.model import SITE_CLASSIFIER, Encoder, Layer, ModelConfig, Packed, initialize
+from pretrain.model import SITE_CLASSIFIER, Encoder, ModelConfig, Packed, initialize
 
 PURPOSE_HEAD = 33  # of the seed's children, see kernels.random; fine-tuning has the numbers from 32
 
@@ -67,15 +66,7 @@ class PooledEncoder(Encoder):
         """
         if self.pooling == "mean":
             return pool(super().forward(batch), batch, "mean")
-        x_td = self.embeddings(batch)
-        x = x_td, x_td
-        *layers, last = cast(list[Layer], list(self.encoder.layer))
-        for layer in layers:
-            x = layer(x, batch)
-        first_b = batch.cu_seqlens[:-1]
-        keys_b = None if batch.dropout_keys_t is None else batch.dropout_keys_t[first_b]
-        attended_bd = last.attention.self(x[0], batch)[first_b]
-        return last.mlp(last.attention.output(attended_bd, x[1][first_b], keys_b), keys_b)[0]
+        return super().forward(batch, batch.cu_seqlens[:-1])
 
 
 class Classifier(nn.Module):

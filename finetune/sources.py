@@ -17,8 +17,8 @@ from data_prep.cli import InputError, log
 from data_prep.codec import open_tokenizer
 from data_prep.tokenizing.train import train_bpe
 from finetune.results import BASELINES, RANDOM
-from pretrain.config import PRESETS
 from pretrain.model import ModelConfig
+from pretrain.presets import PRESETS
 
 CLASSIFIER = "DNABERT2ForSequenceClassification"
 MINIMUM_OCCURRENCES = 5  # of a merge in the training sequences: an embedding that is seen less learns nothing

@@ -44,7 +44,10 @@ def fork(key: Words | int, n: Words | int) -> Words:
 
     `key` and `n` are int64 tensors or arrays that broadcast against each other; at least one of them is not an int.
     """
-    z: Any = key + (_signed((n + 1) * GOLDEN) if isinstance(n, int) else (n + 1) * GOLDEN)
+    return _mix(key + (_signed((n + 1) * GOLDEN) if isinstance(n, int) else (n + 1) * GOLDEN))
+
+
+def _mix(z: Any) -> Any:
     # Right shifts of int64 copy the sign bit; the masks make them the logical shifts of the definition. In place from
     # the second line on: z is ours, and memory traffic is the cost on a CPU.
     t = z >> 30
@@ -97,7 +100,39 @@ def keep_mask(keys_t: Tensor, site: int, width: int, p: float, first: int = 0) -
         bool [tokens, width], elements first to first + width - 1. Element e is the signed 16-bit lane e % 4 (lowest bits
         first) of word fork(fork(key, site), e // 4), and is kept when lane + 32768 >= round(p * 65536).
     """
-    groups = torch.arange(first // 4, (first + width + 3) // 4, device=keys_t.device)
-    words = fork(fork(keys_t, site)[:, None], groups)
-    lanes = words.view(torch.int16)  # little-endian on every machine that torch supports
-    return lanes[:, :width] >= drop_threshold(p) - 32768
+    groups = (width + 3) // 4
+    least = drop_threshold(p) - 32768
+    if torch.compiler.is_compiling():
+        # Inductor has no vectors of lanes within words, but of words: four answers, a byte each, make one int32.
+        words = _mix(_seeds(keys_t, site)[:, None] + _multiples(keys_t, first // 4, groups))
+        lanes = [((words << 48 - 16 * lane >> 48 >= least).to(torch.int32) << 8 * lane) for lane in range(4)]
+        keep = (lanes[0] | lanes[1] | lanes[2] | lanes[3]).view(torch.bool)
+    else:
+        words = fork(fork(keys_t, site)[:, None], torch.arange(first // 4, first // 4 + groups, device=keys_t.device))
+        keep = words.view(torch.int16) >= least  # little-endian on every machine that torch supports
+    return keep[:, :width]
+
+
+# Two parts of `fork` that a compiler must take as they are. Inductor would write the first as arithmetic of indices in C++,
+# where it overflows: undefined, and GCC then leaves out iterations of the loop (seen with torch 2.13). And the number of a site
+# can be a symbol, whose product with GOLDEN would not be one of 64 bits.
+@torch.library.custom_op("dnabert2::multiples_of_golden", mutates_args=())
+def _multiples(like: Tensor, first: int, count: int) -> Tensor:
+    """What `fork` adds to a key for its children `first` to `first + count - 1`: int64 [count], on the device of `like`."""
+    return (torch.arange(first, first + count, device=like.device) + 1) * GOLDEN
+
+
+@_multiples.register_fake
+def _(like: Tensor, first: int, count: int) -> Tensor:
+    return like.new_empty(count)
+
+
+@torch.library.custom_op("dnabert2::dropout_seeds", mutates_args=())
+def _seeds(keys_t: Tensor, site: int) -> Tensor:
+    """fork(key, site): int64 [tokens]."""
+    return fork(keys_t, site)
+
+
+@_seeds.register_fake
+def _(keys_t: Tensor, site: int) -> Tensor:
+    return torch.empty_like(keys_t)

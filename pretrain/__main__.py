@@ -1,4 +1,4 @@
-"""`python -m pretrain <verb>`: train, export, import, inspect, plot and benches."""
+"""`python -m pretrain <verb>`: train, plan, export, import, inspect, plot and benches."""
 
 from __future__ import annotations
 
@@ -29,11 +29,17 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 def _import(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.hf import import_directory
 
-    return import_directory(args.directory, args.out, args.like)
+    return import_directory(args.directory, args.out, args.like, args.step, args.fresh_optimizer)
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.inspect_run import run
+
+    return run(args)
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.plan import run
 
     return run(args)
 
@@ -101,6 +107,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a trace of so many steps, after two to warm up, and the share of communication to RUN_DIR/profile",
     )
 
+    plan = add_verb(
+        verbs,
+        "plan",
+        _plan,
+        "What a run needs, before it starts: memory a GPU, tokens, hours, disk. Exit status 2 where it can't fit, with what "
+        "would. Needs neither GPU nor dataset.",
+    )
+    from pretrain.plan import add_arguments as add_plan_arguments
+
+    add_plan_arguments(plan)
+
     export = add_verb(verbs, "export", _export, "Write a run's weights as a self-contained Hugging Face directory.")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("--out", type=Path, required=True, metavar="HF_DIR")
@@ -110,11 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
         verbs,
         "import",
         _import,
-        "Make a run directory from Hugging Face files, or from what DeepSpeed's save_checkpoint wrote; `train` goes on from "
-        "its weights, and from DeepSpeed's Adam moments.",
+        "Make a run directory from Hugging Face files, from what DeepSpeed's save_checkpoint wrote, or from another run's "
+        "checkpoint, for a next phase on other data. `train` starts at step 0 from the weights, and from Adam's moments but "
+        "for Hugging Face files, which have none.",
     )
     import_.add_argument(
-        "directory", type=Path, metavar="DIR", help="an export, the published DNABERT-2-117M, or a DeepSpeed checkpoint"
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="an export, the published DNABERT-2-117M, a DeepSpeed checkpoint or a run",
     )
     import_.add_argument("--out", type=Path, required=True, metavar="RUN_DIR")
     import_.add_argument(
@@ -124,6 +145,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="model with the architecture and tokenizer of a DeepSpeed checkpoint (default: config.json and tokenizer.json "
         "in DIR or beside it)",
     )
+    import_.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest that verifies)"
+    )
+    import_.add_argument("--fresh-optimizer", action="store_true", help="leave Adam's moments behind")
 
     inspect = add_verb(verbs, "inspect", _inspect, "List a run's checkpoints and check every byte of them; changes nothing.")
     from pretrain.inspect_run import add_arguments as add_inspect_arguments

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data_prep.cli import InputError
 from pretrain.model import ModelConfig
+from pretrain.presets import read_config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-PRESETS = Path(__file__).parent / "configs"
 
 
 class Section(BaseModel):
@@ -71,26 +71,58 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter, 2019) with the paper's values as defaults.
+    """AdamW (Loshchilov and Hutter, 2019) with the paper's values as defaults, or LAMB (You et al., 2020).
 
-    torch's AdamW decays weights by learning_rate * weight_decay a step. If the paper's 1e-5 was meant for a *decoupled*
-    AdamW, whose decay is not multiplied by the learning rate, the equal value here is 1e-5 / 5e-4 = 0.02.
+    Both decay weights by learning_rate * weight_decay a step (LAMB times its trust ratio). If the paper's 1e-5 was meant for
+    a *decoupled* AdamW, whose decay is not multiplied by the learning rate, the equal value here is 1e-5 / 5e-4 = 0.02.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "lamb"] = "adamw"
+    # Who computes AdamW. auto: torch's fused one, which leaves a step out and clips on the device itself, in the same pass;
+    # apex's and DeepSpeed's FusedAdam have to be built, and are told by the host (pretrain/optimizer.py).
+    implementation: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
     learning_rate: float = Field(5e-4, gt=0)  # reached after the warm-up
+    # linear: to 0 (the paper's); cosine: to a share of the peak; wsd: stable, then down over the last `decay_steps`
+    # (pretrain/schedule.py).
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
     warmup_steps: int = Field(30_000, ge=0)
+    decay_steps: int = Field(50_000, ge=1)  # of wsd
+    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1)  # of cosine and wsd: the share of the peak that they end at
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
+    # False: weights of LayerNorms and all biases are not decayed, and LAMB gives them no trust ratio.
+    decay_norms_and_biases: bool = True
     gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0: none (the paper names none)
+
+    @model_validator(mode="after")
+    def _means_something(self) -> OptimizerConfig:
+        if self.name == "lamb" and self.implementation != "auto":
+            raise ValueError("implementation says who computes AdamW; with name lamb it must be auto")
+        if self.schedule == "linear" and self.final_learning_rate_ratio:
+            raise ValueError("final_learning_rate_ratio belongs to the schedules cosine and wsd; linear goes to 0")
+        return self
+
+
+class BatchWarmupConfig(Section):
+    """Steps with fewer sequences at the beginning: from `start` linearly to `train.global_batch_size` after `steps`."""
+
+    start: int = Field(ge=1)  # sequences of the first step
+    steps: int = Field(ge=1)  # the first step with all of them is the one after so many
 
 
 class TrainConfig(Section):
     max_steps: int = Field(500_000, ge=1)  # the schedule ends here
     stop_at_step: int | None = Field(None, ge=0)  # save and leave here; the schedule still ends at max_steps
     global_batch_size: int = Field(4096, ge=1)  # sequences a step over all ranks
+    batch_warmup: BatchWarmupConfig | None = None
     micro_batch_size: int = Field(64, ge=1)  # sequences a rank takes through the model at once
+    # Memory for time: each layer keeps its input only and is computed again in the backward pass, a third more products.
+    activation_checkpointing: bool = False
+    recompute_geglu: bool = False  # the GEGLU's product is computed again: f values a token and layer less, no more products
+    # torch.compile around the layers. auto: on a GPU below ZeRO stage 3, where a trial at the start works; on a CPU not, as
+    # it takes half a minute. true: refuse to start where it does not work.
+    compile: Literal["auto"] | bool = "auto"
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(10, ge=1)  # steps
@@ -162,6 +194,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        optimizer, train = self.optimizer, self.train
+        if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > train.max_steps:
+            raise ValueError("optimizer.warmup_steps + optimizer.decay_steps is over train.max_steps")
+        if train.batch_warmup is not None and train.batch_warmup.start > train.global_batch_size:
+            raise ValueError("train.batch_warmup.start is over train.global_batch_size")
         if self.train.dtype != "fp32" and self.deepspeed.zero_stage == 0:
             raise ValueError(
                 "deepspeed.zero_stage 0 needs train.dtype=fp32: in bf16 it has no fp32 master weights; use stage 1"
@@ -187,8 +224,12 @@ MAY_CHANGE = frozenset(
         "data.stall_seconds",
         "train.stop_at_step",
         "train.micro_batch_size",
+        "train.activation_checkpointing",
+        "train.recompute_geglu",
+        "train.compile",
         "train.log_every",
         "train.peak_tflops",
+        "optimizer.implementation",
         "validation.every",
         "validation.sequences",
         "checkpoint.save_every",
@@ -214,31 +255,14 @@ GOING_BACK_MAY_CHANGE = ("optimizer.", "bad_steps.")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or the preset of that name, and apply overrides such as `train.max_steps=100`.
+    """Read a YAML file or a preset (`pretrain/presets.py`), and apply overrides such as `train.max_steps=100`.
 
     Raises InputError naming file and key.
     """
-    file = Path(path)
-    if not file.is_file() and (PRESETS / f"{path}.yaml").is_file():
-        file = PRESETS / f"{path}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise InputError(f"{path}: no such file, and not one of the presets {known}")
-    tree = read_yaml(file)
+    file, tree = read_config(path)
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree, str(file))
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; InputError names the file."""
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{file}: expected a mapping of sections such as `train:`")
-    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:

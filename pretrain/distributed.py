@@ -26,12 +26,17 @@ class RankLost(Hung):
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run. `store` holds small values that all of them see, without taking part at the same time."""
+    """The ranks of a run. `store` holds small values that all of them see, without taking part at the same time.
+
+    Numbers of the host are summed by gloo, over `control`: NCCL would sum them on the GPU, behind all work that waits there,
+    and the host would stand still until that is done. None: the group of all ranks, which is gloo's where there is no GPU.
+    """
 
     rank: int
     size: int
     device: torch.device
     store: dist.Store
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -39,18 +44,18 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Element-wise sum over all ranks, in fp64; a collective, so every rank calls it with as many values."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
         return total.tolist()
 
     def max(self, value: float) -> float:
         """The largest value of all ranks; a collective."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return float(largest)
 
     def barrier(self) -> None:
-        # An all-reduce rather than dist.barrier(): NCCL's barrier guesses a device when none is bound to the group.
+        """Of the hosts: a GPU may still be at work when it returns."""
         self.sum(0.0)
 
     def gather(self, value: float) -> list[float]:
@@ -129,7 +134,7 @@ def is_srun_task() -> bool:
 
 
 def start(timeout_seconds: float = 1800.0) -> World:
-    """Join the other ranks: NCCL where there are GPUs, gloo otherwise.
+    """Join the other ranks: NCCL where there are GPUs, and gloo for numbers of the host.
 
     Args:
         timeout_seconds: for the ranks to come together, and for each collective until `World.limit_collectives`.
@@ -157,9 +162,10 @@ def start(timeout_seconds: float = 1800.0) -> World:
         store.set_timeout(timeout)
         joined = dist.PrefixStore("group", store)
         dist.init_process_group(backend, timeout=timeout, store=joined, rank=rank, world_size=size)
+        control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     except dist.DistError as error:
         raise Hung(f"rank {rank}: the {size} ranks did not come together: {one_line(error)}") from error
-    return World(rank, size, device, dist.PrefixStore("run", store))
+    return World(rank, size, device, dist.PrefixStore("run", store), control)
 
 
 def adopt_srun() -> None:

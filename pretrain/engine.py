@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run, and the learning-rate schedule."""
+"""The DeepSpeed engine of a run."""
 
 from __future__ import annotations
 
@@ -11,63 +11,68 @@ from typing import Any
 
 import torch
 
-from pretrain.config import Config, OptimizerConfig
+from data_prep.cli import log
+from pretrain import zero_state, zero_step
+from pretrain.config import Config
 from pretrain.distributed import World
+from pretrain.lamb import Lamb, Piece
 from pretrain.model import MaskedLanguageModel
-from pretrain.order import micro_batches
+from pretrain.optimizer import HostJudged, build_optimizer, name_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Linear from 0 to the peak over the warm-up, then linear to 0 at `max_steps` (the paper's schedule).
-
-    `step` counts from 0; the first update has the rate of step 1, so that it is not wasted, and the last one is above 0.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    return config.learning_rate * (max_steps - step) / max(1, max_steps - config.warmup_steps)
+BUCKET_ELEMENTS = (
+    50_000_000  # of gradients or weights exchanged at once; the default 5e8 allocates 2 GB a rank for any model
+)
 
 
 def build_engine(config: Config, world: World) -> Any:
-    """The model, torch's fused AdamW and DeepSpeed around them. The weights are arbitrary: `zero_state.load` sets them.
+    """The model, its optimizer and DeepSpeed around them; a collective. The weights are arbitrary: see `zero_state.load`.
 
     No rank ever holds the fp32 state of the whole model: at stage 3 each module is cut up as soon as it is built, below it
-    is built in the dtype of the forward passes.
+    is built in the dtype of the forward passes. The caller names the last micro batch of each step
+    (`engine.set_gradient_accumulation_boundary`) and doesn't let DeepSpeed divide by their number, which may change.
+
+    Raises InputError, on every rank, when one can't use the optimizer that the configuration names.
     """
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on stdout that it found no GPU
     import deepspeed  # here: it takes seconds to import, and its logger speaks on stdout, which is ours
 
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # DeepSpeed calls it
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # it takes a step that we leave out for an overflow of fp16
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed calls them
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated")
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of what is meant so, such as an optimizer that it doesn't know
     # On a CPU DeepSpeed would compile this at the first start, which takes a minute; only its inference collectives use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dtype, stage = DTYPES[config.train.dtype], config.deepspeed.zero_stage
-    accumulation = micro_batches(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     settings = {
-        # Nominal: with uneven rows some micro batches are smaller or empty. Only their number matters to DeepSpeed.
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.gradient_clipping,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,  # nominal: DeepSpeed does nothing with it
+        "gradient_clipping": 0.0,  # by the optimizer, in its own pass over the gradients
+        "zero_allow_untested_optimizer": True,  # it knows those by name that work with its flat tensors; ours all do
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro batch
         "bf16": {"enabled": config.train.dtype == "bf16"},
         "zero_optimization": {
             "stage": stage,
-            "reduce_bucket_size": 50_000_000,  # elements; the default 5e8 allocates 2 GB a rank for any model
-            "allgather_bucket_size": 50_000_000,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
         },
     }
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3), world.device, _default_dtype(dtype):
         model = MaskedLanguageModel(config.model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=0.0,  # set before every step; 0 also makes stage 3's initial step with zero gradients do nothing
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    failure: Exception | None = None
+    try:
+        optimizer = build_optimizer(config.optimizer, model.parameters(), world.device)
+    except Exception as error:
+        failure = error
+    world.agree(failure)
+    if world.is_first:
+        waits = "; every step the host waits for the device, to tell it what to leave out"
+        log(f"optimizer: {name_of(config.optimizer)}{waits if isinstance(optimizer, HostJudged) else ''}")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    zero_step.leave_judging_to_us(engine)
+    if isinstance(optimizer, Lamb):
+        number = {name: index for index, name in enumerate(zero_state.shapes(engine))}
+        pieces = ((part.flat, Piece(number[part.name], part.offset, part.numel)) for part in zero_state.parts(engine))
+        optimizer.lay_out(pieces, len(number), shared=stage > 0 and world.size > 1)
     return engine
 
 

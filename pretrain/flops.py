@@ -40,14 +40,38 @@ PEAK_TFLOPS: dict[str, tuple[float | None, float]] = {
     "V100-PCIE": (None, 14),
     "T4": (None, 8.1),
 }
+# GB of memory by the same names, from the same data sheets, where the name doesn't say it; of two sizes the smaller one.
+MEMORY_GB: dict[str, float] = {
+    "GB200": 186,
+    "B200": 180,
+    "GH200": 96,
+    "H200 NVL": 141,
+    "H200": 141,
+    "H100 NVL": 94,
+    "H100 PCIe": 80,
+    "A100-SXM4": 40,
+    "A100-PCIE": 40,
+    "L40S": 48,
+    "L40": 48,
+    "L4": 24,
+    "A40": 48,
+    "A30": 24,
+    "A10": 24,
+    "GeForce RTX 4090": 24,
+    "GeForce RTX 3090": 24,
+    "V100-SXM2": 16,
+    "V100-PCIE": 16,
+    "T4": 16,
+}
 
 
 def training_flops(config: ModelConfig, tokens: int, squared_lengths: int, logits: int) -> int:
     """Matrix FLOPs of a training step, or of several: all three numbers may be sums.
 
     In a layer a token costs 4 d^2 (q, k, v, output) + 3 d f (GEGLU) multiply-adds, and a sequence of n tokens 2 n^2 d more
-    (scores and their use); in the head d^2 + d v where its logits are computed. A multiply-add is 2 FLOPs, and the backward
-    pass takes twice the forward pass. Norms, activations, softmax and the optimizer are no matrix products and don't count.
+    (scores and their use); in the head d^2 + d v where its logits are computed. Only there the last layer needs its output
+    projection and its GEGLU, d^2 + 3 d f. A multiply-add is 2 FLOPs, and the backward pass takes twice the forward pass.
+    Norms, activations, softmax and the optimizer are no matrix products and don't count.
 
     Args:
         config: d hidden_size, f intermediate_size, v vocab_size.
@@ -57,7 +81,8 @@ def training_flops(config: ModelConfig, tokens: int, squared_lengths: int, logit
     """
     d, f = config.hidden_size, config.intermediate_size
     layer = tokens * (4 * d * d + 3 * d * f) + 2 * squared_lengths * d
-    return 6 * (config.num_hidden_layers * layer + logits * (d * d + d * config.vocab_size))
+    not_needed = (tokens - logits) * (d * d + 3 * d * f)
+    return 6 * (config.num_hidden_layers * layer - not_needed + logits * (d * d + d * config.vocab_size))
 
 
 def peak_flops(device: torch.device, dtype: str, override_tflops: float | None = None) -> float | None:
@@ -74,12 +99,27 @@ def peak_flops(device: torch.device, dtype: str, override_tflops: float | None =
 
 def peak_of_gpu(name: str, dtype: str) -> float | None:
     """The table's FLOP/s for a name such as `NVIDIA A100-SXM4-40GB`, or None; a slice (MIG) has a name of its own."""
-    model = re.sub("^(NVIDIA|Tesla) ", "", name)
-    row = PEAK_TFLOPS.get(model) or PEAK_TFLOPS.get(re.sub(r"[- ]\d+GB?( HBM\w+)?$", "", model))
+    model, without_size = _models(name)
+    row = PEAK_TFLOPS.get(model) or PEAK_TFLOPS.get(without_size)
     if row is None:
         return None
     tflops = {"bf16": row[0], "fp32": row[1]}.get(dtype)
     return None if tflops is None else tflops * 1e12
+
+
+def memory_of_gpu(name: str) -> float | None:
+    """GB (10^9 bytes) of memory for a name such as `NVIDIA A100-SXM4-40GB`, or None."""
+    model, without_size = _models(name)
+    if model in MEMORY_GB or without_size == "GH200":  # whose names say what the CPU has
+        return MEMORY_GB[without_size]
+    size = re.search(r"[- ](\d+)GB?\b", model)
+    return float(size[1]) if size and (model in PEAK_TFLOPS or without_size in PEAK_TFLOPS) else None
+
+
+def _models(name: str) -> tuple[str, str]:
+    """The name without the maker, and also without a size of memory at its end."""
+    model = re.sub("^(NVIDIA|Tesla) ", "", name)
+    return model, re.sub(r"[- ]\d+GB?( HBM\w+)?$", "", model)
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float) -> float:

@@ -1,4 +1,4 @@
-"""To and from Hugging Face directories: `python -m pretrain export` and `import`.
+"""To and from Hugging Face directories, and from run to run: `python -m pretrain export` and `import`.
 
 An exported directory is whole in itself: it carries the modelling code that transformers runs (`hf_modeling.py`), and
 its weights have the 142 names of the published checkpoint, so the published code loads them too. Names are not mapped
@@ -8,6 +8,7 @@ that a half of one is never taken for whole.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -20,14 +21,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_prep.cli import InputError, dump_json, fsync_directory
+from data_prep.cli import InputError, dump_json, fsync_directory, log
 from data_prep.codec import TextEncoder
 from data_prep.dataset import SPECIALS
 from data_prep.tokenizing.kmer_tokenizer import OVERLAPPING
 from pretrain import checkpoint
 from pretrain.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed, read_deepspeed
 from pretrain.model import ModelConfig, parameter_count
-from pretrain.pretrained import EMBEDDINGS, TIED, Pretrained, expected_shapes, read_huggingface, read_run
+from pretrain.pretrained import EMBEDDINGS, TIED, Pretrained, Run, expected_shapes, open_run, read_huggingface, read_run
 
 MODELING = "modeling_dnabert2"
 AUTO_MAP = {
@@ -67,19 +68,36 @@ def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     (folder / "README.md").write_text(model_card)
 
 
-def import_directory(directory: Path, run_dir: Path, like: Path | None = None) -> dict[str, Any]:
-    """Make a new run directory whose step 0 has the weights of a Hugging Face directory or of a DeepSpeed checkpoint.
+def import_directory(
+    directory: Path, run_dir: Path, like: Path | None = None, step: int | None = None, fresh_optimizer: bool = False
+) -> dict[str, Any]:
+    """Make a new run directory whose step 0 has the weights of a Hugging Face directory, a DeepSpeed checkpoint or a run.
 
     Reads exported directories and the published files, model.safetensors or pytorch_model.bin, and what DeepSpeed's
-    `save_checkpoint` writes, Adam's moments included; it runs no code found there. `like` is for the latter: see
-    `read_deepspeed`. Raises InputError naming the file and key that is missing, too much or wrong, or when `run_dir` is
-    in use.
+    `save_checkpoint` writes; it runs no code found there. DeepSpeed's checkpoints and runs bring Adam's moments and its
+    count of updates; schedule, data and everything else begin anew.
+
+    Args:
+        like: for a DeepSpeed checkpoint, see `read_deepspeed`.
+        step: which checkpoint of a run; None: the newest that verifies.
+        fresh_optimizer: leave the moments behind.
+
+    Raises InputError naming the file and key that is missing, too much or wrong, or when `run_dir` is in use.
     """
     directory, run_dir = Path(directory), Path(run_dir)
     if not directory.is_dir():
         raise InputError(f"{directory}: not a directory")
-    model: DeepSpeedCheckpoint | Pretrained
-    if is_deepspeed(directory):
+    is_run = (directory / "checkpoints").is_dir()
+    if step is not None and not is_run:
+        raise InputError(f"{directory}: not a run directory (no checkpoints/); leave out --step")
+    model: DeepSpeedCheckpoint | Pretrained | Run
+    state: dict[str, int]
+    if is_run:
+        if like is not None:
+            raise InputError(f"{directory}: a run directory, which has its architecture; leave out --like")
+        model = open_run(directory, step)
+        fragments, state = _fragments_of_run(model.checkpoint)
+    elif is_deepspeed(directory):
         model = read_deepspeed(directory, like)
         fragments, state = model.fragments, model.optimizer_state
     elif like is not None:
@@ -90,6 +108,8 @@ def import_directory(directory: Path, run_dir: Path, like: Path | None = None) -
         model = read_huggingface(directory)
         fragments = (checkpoint.Fragment(name, 0, {"weight": t.flatten()}) for name, t in model.weights.items())
         state = {}
+    if fresh_optimizer:
+        fragments, state = (fragment._replace(tensors={"weight": fragment.tensors["weight"]}) for fragment in fragments), {}
     with whole_directory(run_dir) as partial:
         shutil.copyfile(model.tokenizer, partial / "tokenizer.json")
         checkpoint.save(
@@ -101,7 +121,24 @@ def import_directory(directory: Path, run_dir: Path, like: Path | None = None) -
             model=model.config.model_dump(),
             state=state | {"imported": model.source},
         )
-    return {"run_dir": str(run_dir), "step": 0, "parameters": parameter_count(model.config)} | state | model.source
+    source = dict(model.source)
+    if is_run:
+        source["from_step"] = source.pop("step")
+    return {"run_dir": str(run_dir), "step": 0, "parameters": parameter_count(model.config)} | state | source
+
+
+def _fragments_of_run(saved: checkpoint.Checkpoint) -> tuple[Iterator[checkpoint.Fragment], dict[str, int]]:
+    """All parameters of a checkpoint, read one after another, and with Adam's moments its count of updates."""
+    kinds = checkpoint.KINDS if saved.has_optimizer_state else ("weight",)
+    shapes = {name: parameter["shape"] for name, parameter in saved.manifest["parameters"].items()}
+    fragments = (
+        checkpoint.Fragment(name, 0, {kind: saved.read(name, kind, 0, math.prod(shape)) for kind in kinds})
+        for name, shape in shapes.items()
+    )
+    if len(kinds) == 1:
+        log(f"{saved.path}: has no Adam moments (nothing was trained since it was imported); they start at zero")
+        return fragments, {}
+    return fragments, {"optimizer_step": int(saved.state.get("optimizer_step", 0))}
 
 
 def published_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,15 +180,22 @@ def _tokenizer_config() -> dict[str, Any]:
     }
 
 
+def _named(source: dict[str, Any]) -> str:
+    """What a run was imported from, and what that was imported from."""
+    names = {"deepspeed": "a DeepSpeed checkpoint", "huggingface": "Hugging Face files"}
+    if source["kind"] != "run":
+        return names[source["kind"]]
+    earlier = f", started from {_named(source['imported'])}" if "imported" in source else ""
+    return f"step {source['step']:,} of another run{earlier}"
+
+
 def _model_card(model: Pretrained) -> str:
     size, source = sum(tensor.numel() for tensor in model.weights.values()), model.source
     origin = f"Pre-training step {source['step']:,}"
     if "dataset_manifest_sha256" in source:
         origin += f" on the dataset whose manifest.json has sha256 `{source['dataset_manifest_sha256']}`"
     if "imported" in source:
-        origin += ", started from " + {"deepspeed": "a DeepSpeed checkpoint"}.get(
-            source["imported"]["kind"], "Hugging Face files"
-        )
+        origin += ", started from " + _named(source["imported"])
     c, encoder, spacing = model.config, TextEncoder(Tokenizer.from_file(str(model.tokenizer))), ""
     if encoder.kind == OVERLAPPING:  # the library can't cut text into pieces that overlap
         k = encoder.k

@@ -24,6 +24,7 @@ from pretrain.masking import CLS, SEP, Masking, span_tokens
 from pretrain.model import Packed
 from pretrain.order import Order, micro_batches, rank_rows, streams_in_use
 from pretrain.sampling import draws
+from pretrain.schedule import batch_size
 
 VALIDATION_SEED = 0  # of masks: every run and every rank validates on the same tokens
 PLACES_AT_ONCE = 16384  # positions that are turned into places together: the arithmetic is cheap in bulk
@@ -121,8 +122,9 @@ class Loader:
         train, valid, width = dataset.split("train"), dataset.split("valid"), dataset.manifest["sequence_length"] - 2
         self.order = build_order(config, dataset, report=rank == 0)
         size, window = config.train.global_batch_size, dataset.manifest["order"]["window_blocks"]
-        self._rows = np.array(rank_rows(size, rank, ranks), np.int64)
-        open_streams = min(self.order.streams, -(-len(self._rows) * self.order.streams // size))
+        open_streams = self.order.streams  # smaller batches wander over all of them
+        if config.train.batch_warmup is None:
+            open_streams = min(open_streams, -(-len(rank_rows(size, rank, ranks)) * open_streams // size))
         needed = min(int(train.shards["blocks"].sum()), slots_needed(open_streams, window))
         bound = int(config.data.memory_gb * 1e9 / slot_bytes(width))
         if bound < needed and rank == 0:
@@ -172,26 +174,40 @@ class Loader:
             log(f"{self.dataset.path}: the checkpoint was trained with {text}; going on with the beginning of epoch {epoch}")
         return epoch * self.order.epoch_length
 
-    def steps(self, position: int) -> Iterator[list[MaskedBatch]]:
-        """This rank's micro batches of one global batch after another, without end; the first begins at `position`."""
-        size = self.config.train.global_batch_size
-        at_once = max(1, PLACES_AT_ONCE // max(1, len(self._rows)))
+    def steps(self, position: int, step: int = 0) -> Iterator[list[MaskedBatch]]:
+        """This rank's micro batches of one global batch after another, without end.
+
+        The first is that of `step`, counted from 0, and begins at `position`; steps have as many sequences as
+        `pretrain.schedule.batch_size` says.
+        """
+        train = self.config.train
+        at_once = max(1, PLACES_AT_ONCE * self.ranks // train.global_batch_size)
         while True:
-            positions = position + self._rows + size * np.arange(at_once)[:, None]
-            rows, sequences = self.order.places(positions.reshape(-1))
-            for step in range(at_once):
-                here = slice(step * len(self._rows), (step + 1) * len(self._rows))
-                yield self._batches(rows[here], sequences[here], positions[step])
-            position += at_once * size
+            sizes = [batch_size(train, step + number) for number in range(at_once)]
+            positions = []
+            for size in sizes:
+                positions.append(position + self._rows(size))
+                position += size
+            rows, sequences = self.order.places(np.concatenate(positions))
+            end = 0
+            for size, here in zip(sizes, positions, strict=True):
+                start, end = end, end + len(here)
+                yield self._batches(rows[start:end], sequences[start:end], here, size)
+            step += at_once
 
     def step(self, position: int) -> list[MaskedBatch]:
-        """This rank's micro batches of the global batch that begins at `position`; as many as any other rank has."""
-        return self._batches(*self.order.places(position + self._rows), position + self._rows)
+        """This rank's micro batches of the full global batch that begins at `position`; as many as any other rank has."""
+        size = self.config.train.global_batch_size
+        positions = position + self._rows(size)
+        return self._batches(*self.order.places(positions), positions, size)
 
-    def _batches(self, rows: Ints, sequences: Ints, positions: Ints) -> list[MaskedBatch]:
+    def _rows(self, size: int) -> Ints:
+        return np.array(rank_rows(size, self.rank, self.ranks), np.int64)
+
+    def _batches(self, rows: Ints, sequences: Ints, positions: Ints, size: int) -> list[MaskedBatch]:
         tokens_bt, lengths_b = self.train_pool.read(rows, sequences)
         micro = self.config.train.micro_batch_size
-        count = micro_batches(self.config.train.global_batch_size, self.ranks, micro)
+        count = micro_batches(size, self.ranks, micro)
         parts = [slice(i * micro, (i + 1) * micro) for i in range(count)]
         batches = [
             pack(tokens_bt[part], lengths_b[part], positions[part], self._masking, self._dropout_key) for part in parts

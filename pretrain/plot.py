@@ -28,7 +28,9 @@ PANELS = {  # key of the records -> title
     "learning_rate": "Learning rate",
     "tokens_per_second": "Tokens a second, all devices",
     "step_seconds_p50": "Seconds a step, median",
+    "validation_bits_per_base": "Validation, bits a hidden base",
 }
+BITS = "validation_bits_per_base"  # recorded at some steps only, and not by every run
 GREY = "#808080"
 VALIDATION: dict[str, Any] = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
 SKIPPED: dict[str, Any] = {"linestyle": "", "marker": "x"}
@@ -52,7 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def plot(run_dirs: list[Path], out: Path) -> dict[str, Any]:
     """Draw loss, gradient norm, learning rate, speed and step time over the steps, a line a run, as a PNG.
 
-    Values that are missing or null leave gaps. A run that has logged nothing yet stands in the legend alone.
+    Where a run has validated, bits a base (`pretrain.bits`) stand beside the loss, with a grey line at 2: four bases equally
+    likely. Values that are missing or null leave gaps. A run that has logged nothing yet stands in the legend alone.
 
     Returns:
         `out`, and `runs`: of each its `run_dir`, `steps` (the last one logged, 0 without any) and `last_loss` (nats a masked
@@ -89,18 +92,18 @@ def _draw(runs: list[list[dict[str, Any]]], names: list[str]) -> bytes:
 
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 9), dpi=120, layout="constrained")
-        rows: list[Any] = [["loss", "loss"], ["grad_norm", "learning_rate"], ["tokens_per_second", "step_seconds_p50"]]
+        records = [record for records in runs for record in records]
+        top = ["loss", BITS if any(record.get(BITS) is not None for record in records) else "loss"]
+        rows: list[Any] = [top, ["grad_norm", "learning_rate"], ["tokens_per_second", "step_seconds_p50"]]
         panels: dict[str, Any] = figure.subplot_mosaic(rows, sharex=True, height_ratios=[1.5, 1, 1])
-        for number, (records, name) in enumerate(zip(runs, names, strict=True)):
+        for number, (run, name) in enumerate(zip(runs, names, strict=True)):
             look = _look(number, len(runs))
             for key, axes in panels.items():
-                _line(axes, records, key, label=name, **look)
-            _marks(panels["loss"], records, number, look["color"])
+                _line(axes, [record for record in run if BITS in record] if key == BITS else run, key, label=name, **look)
+            _marks(panels["loss"], run, number, look["color"])
         for key, axes in panels.items():
-            recorded = any(record.get(key) is not None for records in runs for record in records)
-            _scale(axes, key, recorded)
+            _scale(axes, key, any(record.get(key) is not None for record in records))
         legend, _ = panels["loss"].get_legend_handles_labels()
-        records = [record for records in runs for record in records]
         if any(record.get("validation_loss") is not None for record in records):
             legend.append(Line2D([], [], label="validation", color=GREY, **VALIDATION))
         if any(record.get("skipped_steps") for record in records):
@@ -129,6 +132,8 @@ def _scale(axes: Any, key: str, recorded: bool) -> None:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_minor_locator(NullLocator())
+    elif key == BITS:
+        axes.axhline(2.0, color=GREY, linewidth=0.8, zorder=0)  # four bases, equally likely
     elif key != "loss":
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep="") if key == "tokens_per_second" else "{x:g}")

@@ -58,6 +58,22 @@ def load_pretrained(path: str | Path, step: int | None = None) -> Pretrained:
 
 def read_run(run_dir: Path, step: int | None = None) -> Pretrained:
     """The newest checkpoint of a run that verifies, or that of `step`; see `load_pretrained`."""
+    run = open_run(run_dir, step)
+    return Pretrained(run.config, run.checkpoint.weights(), run.tokenizer, run.source)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's checkpoint that was verified and whose tensors have not been read yet; the rest as in `Pretrained`."""
+
+    checkpoint: checkpoint.Checkpoint
+    config: ModelConfig
+    tokenizer: Path
+    source: dict[str, Any]
+
+
+def open_run(run_dir: Path, step: int | None = None) -> Run:
+    """The newest checkpoint of a run that verifies, or that of `step`; see `load_pretrained`."""
     if step is None:
         found = checkpoint.newest(run_dir)
         if found is None:
@@ -69,8 +85,8 @@ def read_run(run_dir: Path, step: int | None = None) -> Pretrained:
         found = checkpoint.Checkpoint(checkpoint.step_path(run_dir, step))
         found.verify()
     config = parse_config(found.manifest["model"], found.path / "MANIFEST.json")
-    weights = found.weights()
-    check_names_and_shapes(weights, config, found.path)
+    shapes = {name: parameter["shape"] for name, parameter in found.manifest["parameters"].items()}
+    check_names_and_shapes({n: torch.empty(s, device="meta") for n, s in shapes.items()}, config, found.path)
     tokenizer = run_dir / "tokenizer.json"
     check_tokenizer(tokenizer, config)
     source = {"kind": "run", "path": str(run_dir), "step": found.step}
@@ -78,7 +94,7 @@ def read_run(run_dir: Path, step: int | None = None) -> Pretrained:
         source["dataset_manifest_sha256"] = found.state["loader"]["manifest_sha256"]
     if "imported" in found.state:
         source["imported"] = found.state["imported"]
-    return Pretrained(config, weights, tokenizer, source)
+    return Run(found, config, tokenizer, source)
 
 
 def read_huggingface(directory: Path) -> Pretrained:

@@ -11,8 +11,9 @@ from data_prep.cli import DONE, InputError, dump_json, exit_status, one_line, wr
 from data_prep.dataset import Dataset
 from data_prep.storage import redacted
 from pretrain import checkpoint
-from pretrain.config import Config, parse_config, read_yaml, refuse_changes
+from pretrain.config import Config, parse_config, refuse_changes
 from pretrain.lease import holder
+from pretrain.presets import read_yaml
 
 
 def check(config: Config, run_dir: Path, dataset: Dataset, going_back: bool = False) -> None:

@@ -16,26 +16,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data_prep.cli import Hung, InputError, StopRequested, dump_json, log, one_line
 from data_prep.dataset import Dataset
-from pretrain import checkpoint, run_directory, zero_state, zero_step
+from pretrain import checkpoint, run_directory, zero_state
 from pretrain.bad_steps import BadSteps, BadStepsFile, described
 from pretrain.config import Config
 from pretrain.distributed import RankLost, StopSignal, World, environment_rank, start
-from pretrain.engine import build_engine, learning_rate, set_learning_rate
+from pretrain.engine import build_engine
 from pretrain.implementations import choose
 from pretrain.interval import Interval
 from pretrain.lease import Lease
 from pretrain.lives import record_life
 from pretrain.loader import Loader, MaskedBatch, open_dataset
 from pretrain.metrics import Metrics
+from pretrain.optimizer import name_of
 from pretrain.prefetch import Prefetch
 from pretrain.profiling import Profile
 from pretrain.resume import NONE, WENT_BACK_TO, find_checkpoint, went_back_to
 from pretrain.saver import Saver
+from pretrain.schedule import batch_size
+from pretrain.training_step import Taken, TrainingSteps
 from pretrain.validation import Validation
 from pretrain.watchdog import Watchdog
 
@@ -134,10 +136,11 @@ class _Run:
         self.shapes = zero_state.shapes(self.engine)
         self.step, self.saved_step = 0, None if found is None else found.step
         self.position = 0  # in the order of training, where the next global batch begins
-        self.optimizer_step = 0  # of Adam: bad steps don't count
+        self.optimizer_step = 0  # of the optimizer: bad steps don't count
         # What passes on from checkpoint to checkpoint: an imported model's source, a step that the run went back to.
         self.origin: dict[str, Any] = {} if from_step is None else {WENT_BACK_TO: from_step}
-        self.bad_steps = BadSteps(config.bad_steps)
+        self.bad_steps = BadSteps(config.bad_steps, world.device)
+        self.bad_in_a_row = 0  # as of the steps that have been read
         if found is None:
             seed, std = config.train.seed, config.model.initializer_range
             zero_state.load(self.engine, zero_state.InitialState(self.shapes, seed, std))
@@ -157,6 +160,7 @@ class _Run:
         self.loss: float | None = None
         self.validation = Validation(config, world, self.loader, self.engine, self.watchdog)
         self.interval = Interval(config, world)
+        self.steps = TrainingSteps(config, world, self.engine, self.bad_steps, self.interval.timer)
 
     def _prepare_directory(self, dataset: Dataset, going_back: bool) -> None:
         """Rank 0's part: make room, see whether there is enough, and write what a life writes when it begins."""
@@ -187,7 +191,9 @@ class _Run:
         if saved.manifest["model"] != self.config.model.model_dump():
             raise InputError(f"{saved.path}: holds a model of another size or dropout than `model` in the configuration")
         self.origin = {key: saved.state[key] for key in ("imported", WENT_BACK_TO) if key in saved.state} | self.origin
-        self.bad_steps = BadSteps(self.config.bad_steps, saved.state.get("bad_steps"))
+        bad_steps = saved.state.get("bad_steps")
+        self.bad_steps = BadSteps(self.config.bad_steps, self.world.device, bad_steps)
+        self.bad_in_a_row = 0 if bad_steps is None else int(bad_steps["in_a_row"])
         self.optimizer_step = int(saved.state.get("optimizer_step", 0))
         zero_state.load(self.engine, saved)
         self.step = saved.step
@@ -196,7 +202,7 @@ class _Run:
 
     def run(self, profile_steps: int = 0) -> dict[str, Any]:
         if self.step < self.last:
-            data, items = self.config.data, self.loader.steps(self.position)
+            data, items = self.config.data, self.loader.steps(self.position, self.step)
             self.batches = Prefetch(
                 items, data.prefetch_steps, data.stall_seconds, self.loader.train_pool.in_flight, self._told_to_stop
             )
@@ -224,30 +230,22 @@ class _Run:
                     self.world.limit_collectives(limits.step_seconds + COLLECTIVE_MARGIN_SECONDS)
             self.interval.timer.start_step()
             batches, masked = self._next_batches()
-            record = self._train_step(batches, masked)
+            self._train_step(batches, masked)
             self.interval.timer.end_step()
+            self.position += batch_size(train, self.step)
             self.step += 1
-            self.position += train.global_batch_size
             if self.profile:
                 self.profile.step_done(self.step)
-            if self.bad_steps.in_a_row >= self.config.bad_steps.stop_after:
-                self._wait_for_save()  # it may be the step to go back to
-                raise RuntimeError(
-                    f"step {self.step}: {self.bad_steps.in_a_row} bad steps in a row (RUN_DIR/bad_steps.jsonl); go back "
-                    f"with --from-step {self._step_before_bad_ones()} and a lower optimizer.learning_rate, or other data"
-                )
             validate = validation.every > 0 and (self.step % validation.every == 0 or self.step == last)
             if validate or self.step % train.log_every == 0 or self.step in (1, last):
-                self._report(record, validate)
+                self._report(validate)
             save_due |= self.step % self.config.checkpoint.save_every == 0
+            if save_due:
+                self._read_steps()
             # Not among bad steps: a run that has diverged must not push good checkpoints out with the same bad weights.
-            if (save_due and self.bad_steps.in_a_row == 0) or self.step == last:
+            if (save_due and self.bad_in_a_row == 0) or self.step == last:
                 self._save()
                 save_due = False
-
-    def _step_before_bad_ones(self) -> int | str:
-        good = [step for step in checkpoint.steps(self.run_dir) if step <= self.step - self.bad_steps.in_a_row]
-        return good[-1] if good else "N (none is saved before them: start again)"
 
     def _next_batches(self) -> tuple[list[MaskedBatch], float]:
         """This rank's micro batches, and the masked tokens of the global batch.
@@ -278,60 +276,55 @@ class _Run:
             raise InputError(f"step {self.step + 1}: all its sequences are in damaged blocks; shard the data again")
         return batches, masked
 
-    def _train_step(self, batches: list[MaskedBatch], masked: float) -> dict[str, float]:
-        """One optimizer step, or none where it would be a bad one; returns loss, accuracy and norm of all ranks."""
-        rate = learning_rate(self.config.optimizer, self.step, self.config.train.max_steps)
-        set_learning_rate(self.engine, rate)
-        # DeepSpeed averages over micro batches and ranks; the loss is the mean over the masked tokens of the whole batch.
-        scale = self.world.size * len(batches) / max(masked, 1.0)
-        losses, correct_sum = [], 0
-        for number, batch in enumerate(batches):
-            on_device = batch.to(self.world.device)
-            with self.interval.timer.compute():
-                loss, correct = self.engine(on_device.packed, on_device.index_m, on_device.labels_m)
-            self.engine.backward(loss * scale)
-            losses.append(loss.detach().double())
-            correct_sum = correct_sum + correct
-            if number < len(batches) - 1:
-                self.engine.step()
-        norm = zero_step.gradient_norm(self.engine)
-        loss_sum, correct_count = self.world.sum(float(torch.stack(losses).sum()), int(correct_sum))
-        self.loss = loss_sum / max(masked, 1.0)
-        bad = self.bad_steps.judge(self.loss, norm)
-        zero_step.step(self.engine, skip=bad is not None)
-        if bad is None:
-            self.optimizer_step += 1
-        else:
-            self._describe_bad_step(bad, norm, losses)
+    def _train_step(self, batches: list[MaskedBatch], masked: float) -> None:
+        size = batch_size(self.config.train, self.step)
+        self.steps.take(batches, masked, self.step, self.position, size)
         self.interval.add(batches)
-        return {
-            "loss": self.loss,
-            "masked_accuracy": correct_count / max(masked, 1.0),
-            "grad_norm": norm,
-            "learning_rate": rate,
-        }
 
-    def _describe_bad_step(self, reason: str, norm: float, losses: list[torch.Tensor]) -> None:
-        """Write down which sequences were in a step that is left out; a collective."""
-        self.interval.skipped_steps += 1
-        finite = [float(math.isfinite(float(loss))) for loss in losses]
-        table = [0.0] * (self.world.size * len(losses))
-        table[self.world.rank * len(losses) : (self.world.rank + 1) * len(losses)] = finite
-        all_finite = self.world.sum(*table)
-        if self.bad_steps_file:
-            suspects = [number for number, value in enumerate(all_finite) if not value]
-            record = described(self.loader, self.config, self.world.size, self.position, suspects)
-            self.bad_steps_file.write(
-                {"step": self.step + 1, "reason": reason, "loss": self.loss, "grad_norm": norm} | record
-            )
-            log(
-                f"step {self.step + 1}: {reason}: no update ({self.bad_steps.in_a_row} in a row); its sequences are in "
-                f"{self.bad_steps_file.path}"
-            )
+    def _read_steps(self) -> Taken | None:
+        """Hear what came of the steps since the last time, write the bad ones down, and return the newest; a collective.
 
-    def _report(self, record: dict[str, float], validate: bool) -> None:
+        Raises RuntimeError where too many in a row were bad.
+        """
+        newest, too_many = None, None
+        for newest in self.steps.read():
+            self.loss, self.bad_in_a_row = newest.loss, newest.in_a_row
+            if newest.reason is None:
+                self.optimizer_step += 1
+                continue
+            self.interval.skipped_steps += 1
+            if self.bad_steps_file:
+                self._describe_bad_step(newest, self.bad_steps_file)
+            if newest.in_a_row >= self.config.bad_steps.stop_after:
+                too_many = newest
+        if too_many:
+            self._wait_for_save()  # it may be the step to go back to
+            before = too_many.step - too_many.in_a_row
+            good = [step for step in checkpoint.steps(self.run_dir) if step <= before]
+            back_to = good[-1] if good else "N (none is saved before them: start again)"
+            raise RuntimeError(
+                f"step {too_many.step}: {too_many.in_a_row} bad steps in a row (RUN_DIR/bad_steps.jsonl); go back "
+                f"with --from-step {back_to} and a lower optimizer.learning_rate, or other data"
+            )
+        return newest
+
+    def _describe_bad_step(self, bad: Taken, file: BadStepsFile) -> None:
+        """Write down which sequences were in a step that was left out."""
+        sequences = described(self.loader, self.config, self.world.size, bad.position, bad.size, bad.suspects)
+        file.write({"step": bad.step, "reason": bad.reason, "loss": bad.loss, "grad_norm": bad.grad_norm} | sequences)
+        log(f"step {bad.step}: {bad.reason}: no update ({bad.in_a_row} in a row); its sequences are in {file.path}")
+
+    def _report(self, validate: bool) -> None:
         """Write down the step just taken; a collective."""
-        record = record | self.interval.record(self.batches.waited)
+        taken = self._read_steps()
+        assert taken is not None  # the step just taken has not been read before
+        record = {
+            "loss": taken.loss,
+            "masked_accuracy": taken.masked_accuracy,
+            "grad_norm": taken.grad_norm,
+            "learning_rate": taken.learning_rate,
+            **self.interval.record(self.batches.waited),
+        }
         if validate:
             record |= self.validation.run(self.step)
         if self.metrics:
@@ -358,6 +351,7 @@ class _Run:
 
     def _save(self) -> None:
         """Begin to save the current step; it is committed while training goes on."""
+        self._read_steps()
         began = time.perf_counter()
         self._wait_for_save()
         failure: Exception | None = None
@@ -388,7 +382,7 @@ class _Run:
             "zero_stage": self.config.deepspeed.zero_stage,
             "dtype": self.config.train.dtype,
             "device": self.world.device.type,
-            "implementations": {**self.kernels, "optimizer": "torch.optim.AdamW(fused=True)"},
+            "implementations": {**self.kernels, "optimizer": name_of(self.config.optimizer)},
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
             **self.origin,
         }

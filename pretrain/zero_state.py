@@ -1,4 +1,4 @@
-"""What a rank owns of the fp32 weights and Adam moments under each ZeRO stage, as fragments of named parameters.
+"""What a rank owns of the fp32 weights and the optimizer's moments under each ZeRO stage, as fragments of named parameters.
 
 DeepSpeed keeps fp32 state in flat buffers: stage 0 has none (each parameter is its own, on every rank), stages 1 and 2 one
 buffer a parameter group, of which each rank holds a slice that may begin or end inside a parameter; stage 3 cuts every
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pretrain.checkpoint import Checkpoint, Fragment
 from pretrain.model import initial_values
+from pretrain.optimizer import set_steps
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Elements [start, start + numel) of parameter `name` lie at `offset` of the optimizer's tensor `flat`."""
 
     name: str
@@ -31,29 +32,34 @@ class _Part(NamedTuple):
         return flat.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-def _parts(engine: Any) -> Iterator[_Part]:
+def parts(engine: Any) -> Iterator[Part]:
+    """What this rank holds, parameter by parameter in the model's order; nothing of what it holds no element of."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     for name, parameter in engine.module.named_parameters():
         if stage == 0:
-            yield _Part(name, 0, parameter.numel(), parameter, 0)
+            yield Part(name, 0, parameter.numel(), parameter, 0)
         elif stage in (1, 2):
             mapping = parameter._hp_mapping  # None where another rank owns the whole parameter
             if mapping is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                yield _Part(name, here.start, here.numel, flat, there.start)
+                yield Part(name, here.start, here.numel, flat, there.start)
         else:
             group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
             start = zero._get_param_partition_rank(parameter) * padded
             numel = min(padded, parameter.ds_numel - start)
             if numel > 0:
-                yield _Part(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+                yield Part(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
 
 
-def _adam_state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """The torch AdamW state of one of its tensors, created here if no step has been taken yet."""
-    adam = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
-    state: dict[str, Tensor] = adam.state[flat]
+def inner_optimizer(engine: Any) -> Any:
+    """The optimizer that was given to DeepSpeed; it works on the tensors of `parts`."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def _state(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of one of its tensors, created here if no step has been taken yet."""
+    state: dict[str, Tensor] = inner_optimizer(engine).state[flat]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
@@ -67,10 +73,10 @@ def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
 
 def owned_fragments(engine: Any, rank: int, ranks: int) -> Iterator[Fragment]:
     """Views of what this rank saves. At stage 0 every rank holds everything and they take turns."""
-    for number, part in enumerate(_parts(engine)):
+    for number, part in enumerate(parts(engine)):
         if engine.zero_optimization_stage() == 0 and number % ranks != rank:
             continue
-        state = _adam_state(engine, part.flat)
+        state = _state(engine, part.flat)
         moments = {kind: part.of(state[kind]) for kind in ("exp_avg", "exp_avg_sq")}
         yield Fragment(part.name, part.start, {"weight": part.of(part.flat), **moments})
 
@@ -97,18 +103,16 @@ def load(engine: Any, source: Checkpoint | InitialState) -> None:
     A source without moments (an imported checkpoint, a fresh start) leaves them at zero. Raises InputError when a parameter
     is missing.
     """
-    has_moments, step = source.has_optimizer_state, source.state.get("optimizer_step", 0)  # asked once: it is a long list
-    for part in _parts(engine):
+    has_moments = source.has_optimizer_state  # asked once: it is a long list
+    for part in parts(engine):
         part.of(part.flat).copy_(source.read(part.name, "weight", part.start, part.numel))
-        state = _adam_state(engine, part.flat)
-        state["step"].fill_(
-            step
-        )  # stage 3 takes a step with zero gradients when it starts, which would count as Adam's first
+        state = _state(engine, part.flat)
         for kind in ("exp_avg", "exp_avg_sq"):
             if has_moments:
                 part.of(state[kind]).copy_(source.read(part.name, kind, part.start, part.numel))
             else:
                 part.of(state[kind]).zero_()
+    set_steps(inner_optimizer(engine), source.state.get("optimizer_step", 0))
     _refresh_model_weights(engine)
 
 

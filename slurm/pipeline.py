@@ -33,7 +33,8 @@ import yaml
 from data_prep.cli import InputError, dump_json, log, write_atomically
 from finetune.folders import check_splits, find_tasks
 from finetune.suite import results_files
-from slurm.pipeline_file import Finetune, Pipeline, Pretrain, flatten, read_config, read_pipeline
+from pretrain.presets import read_config
+from slurm.pipeline_file import Finetune, Pipeline, Pretrain, flatten, read_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP = "train.stop_at_step"  # where it grows, a finished run is not finished any more
@@ -186,7 +187,7 @@ def _pretraining(section: Pretrain, folder: Path, out: Path, dataset: Path, give
     except ModuleNotFoundError as error:
         log(f"pretrain: there is no {error.name} here, so its configuration is not checked before its job starts")
     # What the file holds, not its name: it may be edited.
-    options = flatten(read_config(config)) | overrides | given
+    options = flatten(read_config(config)[1]) | overrides | given
     options = {key: value for key, value in options.items() if key not in ("run_dir", "data.path")}
     finished = _finished(run_dir, json.loads(options.get(STOP, "null")))
     # Newer than the last checkpoint: it may be that of the run as it was before it was made longer.

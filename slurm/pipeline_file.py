@@ -19,7 +19,6 @@ from yaml.constructor import ConstructorError
 from data_prep.cli import InputError
 from finetune.tasks import STRICT_SEEDS, Settings, settings_for
 
-PRESETS = Path(__file__).resolve().parents[1] / "pretrain" / "configs"
 Text = Annotated[str, Field(min_length=1)]
 # What `submit` itself says to sbatch, and what would undo it.
 TAKEN = (
@@ -82,6 +81,7 @@ class Shard(Section):
     sequence_length: int | None = None
     unit_bases: int | None = None
     region_bases: int | None = None
+    region_tokens: int | None = None
     valid_fraction: float | None = None
     seed: int | None = None
     streams: int | None = None
@@ -250,21 +250,6 @@ def read_pipeline(path: Path) -> Pipeline:
         return Pipeline.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
-
-
-def read_config(config: str) -> dict[str, Any]:
-    """What a configuration of pre-training holds, unchecked: `pretrain.config` needs torch. InputError names the file."""
-    file = Path(config) if Path(config).is_file() else PRESETS / f"{config}.yaml"
-    try:
-        tree = yaml.safe_load(file.read_bytes())
-    except FileNotFoundError:
-        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise InputError(f"{config}: no such file, and not one of the presets {known}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{file}: expected a mapping of sections such as `train:`")
-    return tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

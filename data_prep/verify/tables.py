@@ -3,10 +3,10 @@
 The manifest is the root of all sums, and no sum tells of an edit of itself. Found is what then does not add up: its tables
 with each other, with shards.npy and contigs.tsv, its settings with the tokenizer and the sequences, and the bases kept with
 the bases that the sequences cover (command.py). Nothing here contradicts a wrong `seed`, `valid_fraction`, `region_bases`,
-`unit_bases`, `order.window_blocks`, `packing` or `duplicates_removed` (but where it excludes what was counted), category or
-`file_bytes` of a species, sum of its file (but with --genomes), sum of the exclusion list, number (but whether it is 0) of
-sequences excluded or pairs of species in `duplicates.from`, nor bases that are told as dropped for another reason: keep the
-manifest's own sum.
+`region_tokens`, `unit_bases`, `order.window_blocks`, `packing` or `duplicates_removed` (but where it excludes what was
+counted), category or `file_bytes` of a species, sum of its file (but with --genomes), sum of the exclusion list, number (but
+whether it is 0) of sequences excluded or pairs of species in `duplicates.from`, nor bases that are told as dropped for
+another reason: keep the manifest's own sum.
 """
 
 from __future__ import annotations

@@ -58,6 +58,13 @@ def test_regions_are_smaller_in_small_genomes() -> None:
     assert region_bases_of(30_000, Options(region_bases=700)) == 700
 
 
+def test_regions_are_those_of_a_dataset_of_another_length_where_asked_for() -> None:
+    for bases in (3_000_000_000, 5_000_000, 1_000_000, 30_000):
+        long = Options(sequence_length=2048, region_tokens=128)
+        assert region_bases_of(bases, long) == region_bases_of(bases, Options(sequence_length=128))
+    assert region_bases_of(1_000_000, Options(sequence_length=2048)) == 204_800
+
+
 def test_records_of_one_name_are_told_apart() -> None:
     options = Options(valid_fraction=0.5)
     chosen = [valid_regions("species", [name] * 40, [100] * 40, 100, options) for name in ("same", "other")]

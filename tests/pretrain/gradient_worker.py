@@ -13,14 +13,14 @@ from pretrain.train import train
 
 if __name__ == "__main__":
     out, name, *overrides = sys.argv[1:]
-    real_norm = zero_step.gradient_norm
+    real_norm = zero_step.squared_norm
 
-    def keep_gradients(engine: Any) -> float:
+    def keep_gradients(engine: Any) -> torch.Tensor:
         if engine.global_rank == 0:
             gradients = {n: p.grad.clone() for n, p in engine.module.named_parameters()}
             torch.save(gradients, Path(out))
         return real_norm(engine)
 
-    zero_step.gradient_norm = keep_gradients
+    zero_step.squared_norm = keep_gradients
     train(load_config(name, [*overrides, "deepspeed.zero_stage=0", "train.max_steps=1"]))
     leave(0)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,27 @@ from tests.pretrain.states import state_of
 WORKER = Path(__file__).parent / "bad_worker.py"
 
 
+def judge(bad: BadSteps, loss: float, norm: float) -> str | None:
+    """As training does it: the verdict on the device, and what the host makes of it later."""
+    is_bad, _, median = bad.judge(torch.tensor(loss, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64)).tolist()
+    return bad.reason(loss, norm, median) if is_bad else None
+
+
+def new(config: BadStepsConfig | None = None, state: dict[str, Any] | None = None) -> BadSteps:
+    return BadSteps(config or BadStepsConfig(), torch.device("cpu"), state)
+
+
 def judged(config: BadStepsConfig, norms: list[float]) -> list[bool]:
-    bad = BadSteps(config)
-    return [bad.judge(1.0, norm) is not None for norm in norms]
+    bad = new(config)
+    return [judge(bad, 1.0, norm) is not None for norm in norms]
 
 
 def test_what_is_not_finite_is_bad_from_the_first_step_on() -> None:
-    bad = BadSteps(BadStepsConfig())
-    assert bad.judge(math.nan, 1.0) == "the loss is nan" and bad.judge(math.inf, 1.0) == "the loss is inf"
-    assert bad.judge(1.0, math.nan) == "a gradient is not finite" and bad.in_a_row == 3
-    assert bad.judge(1.0, 1e9) is None and bad.in_a_row == 0
+    bad = new()
+    assert judge(bad, math.nan, 1.0) == "the loss is nan" and judge(bad, math.inf, 1.0) == "the loss is inf"
+    assert judge(bad, 1.0, math.nan) == judge(bad, 1.0, math.inf) == "a gradient is not finite"
+    assert bad.state() == {"norms": [], "in_a_row": 4}
+    assert judge(bad, 1.0, 1e9) is None and bad.state() == {"norms": [1e9], "in_a_row": 0}
 
 
 def test_a_spike_is_measured_by_the_median_of_good_steps() -> None:
@@ -41,11 +53,22 @@ def test_a_spike_is_measured_by_the_median_of_good_steps() -> None:
 
 def test_the_judgement_goes_on_where_a_checkpoint_left_it() -> None:
     config = BadStepsConfig(norm_factor=4.0, window=3)
-    first = BadSteps(config)
-    for norm in (0.1, 0.2, 0.3, 9.0):
-        first.judge(1.0, norm)
-    again = BadSteps(config, json.loads(json.dumps(first.state())))
-    assert again.in_a_row == 1 and again.judge(1.0, 0.81) and again.judge(1.0, 0.79) is None
+    for norms in ((0.1, 0.2, 0.3, 9.0), (0.5, 0.4, 0.1, 0.2, 0.3, 9.0)):  # the window full once, and wrapped round
+        first = new(config)
+        for norm in norms:
+            judge(first, 1.0, norm)
+        state = json.loads(json.dumps(first.state()))
+        assert state == {"norms": [0.1, 0.2, 0.3], "in_a_row": 1}
+        again = new(config, state)
+        assert judge(again, 1.0, 0.81) == "the gradient norm 0.81 is over 4 times the median 0.2"
+        assert judge(again, 1.0, 0.79) is None and again.state() == {"norms": [0.2, 0.3, 0.79], "in_a_row": 0}
+        # A shorter window keeps the newest.
+        assert new(BadStepsConfig(window=2), state).state()["norms"] == [0.2, 0.3]
+
+
+def test_of_an_even_window_the_median_is_the_middle_of_two() -> None:
+    assert judged(BadStepsConfig(norm_factor=2.0, window=4), [1.0, 4.0, 2.0, 3.0, 5.1]) == [False] * 4 + [True]
+    assert judged(BadStepsConfig(norm_factor=2.0, window=4), [1.0, 4.0, 2.0, 3.0, 4.9]) == [False] * 5
 
 
 @pytest.mark.parametrize(

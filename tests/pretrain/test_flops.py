@@ -39,10 +39,10 @@ def test_on_sequences_of_any_length_only_padding_inside_attention_is_not_counted
     assert in_attention * squares == training_flops(CONFIG, 0, squares, 0) * (3 * 8**2)
 
 
-def test_the_published_model_takes_about_0_697_gflop_a_token() -> None:
+def test_the_published_model_takes_about_0_658_gflop_a_token() -> None:
     tokens = 4096 * 128  # logits at the masked tokens only
     flops = training_flops(ModelConfig(), tokens, tokens * 128, round(0.15 * tokens))
-    assert flops / tokens / 1e9 == pytest.approx(0.697, abs=2e-3)
+    assert flops / tokens / 1e9 == pytest.approx(0.658, abs=2e-3)
 
 
 @pytest.mark.parametrize(

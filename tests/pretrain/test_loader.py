@@ -9,6 +9,7 @@ from data_prep.cli import InputError
 from pretrain.config import Config, DataConfig, load_config
 from pretrain.loader import Loader, MaskedBatch, open_dataset, pack
 from pretrain.masking import CLS, MASK, SEP, Masking
+from pretrain.order import micro_batches
 
 
 def loader(arguments: list[str], rank: int = 0, ranks: int = 1, *overrides: str) -> Loader:
@@ -185,3 +186,22 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny_config: list[str], tmp_pa
     assert open_dataset(config())[0].model.vocab_size == 512  # the dataset's, where none is given
     with pytest.raises(InputError, match=r"manifest\.json: not found"):
         open_dataset(config(f"data.path={tmp_path}"))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_batches_that_grow_follow_one_another(tiny_config: list[str], ranks: int) -> None:
+    """The order is that of full batches; any step can be the first, and ranks share what there is."""
+    overrides = ("train.batch_warmup.start=2", "train.batch_warmup.steps=4")
+    walked = []
+    for rank in range(ranks):
+        steps = loader(tiny_config, rank, ranks, *overrides).steps(0)
+        walked.append([[batch.positions_b.tolist() for batch in next(steps)] for _ in range(6)])
+    ends = np.cumsum([2, 4, 6, 8, 11, 11])
+    for step, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        here = [position for rank in walked for micro in rank[step] for position in micro]
+        assert here == list(range(start, end))
+        assert {len(rank[step]) for rank in walked} == {micro_batches(end - start, ranks, 3)}
+    later = loader(tiny_config, 0, ranks, *overrides).steps(6, 2)
+    assert [[batch.positions_b.tolist() for batch in next(later)] for _ in range(4)] == walked[0][2:]
+    full, first = loader(tiny_config).step(0), next(loader(tiny_config, 0, 1, *overrides).steps(0))
+    assert sequences(first) == sequences(full)[:2]

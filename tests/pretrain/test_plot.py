@@ -68,6 +68,19 @@ def test_short_broken_and_empty_runs_are_drawn_too(tmp_path: Path) -> None:
     plot([runs[4]], tmp_path / "empty.png")
 
 
+def test_bits_a_base_have_a_panel_where_a_run_has_validated(tmp_path: Path) -> None:
+    """Validated steps are joined by a line, though most records between them have no bits."""
+    records = [record(step, loss=None, grad_norm=None, learning_rate=None) for step in range(1, 100)]
+    for values in records:
+        del values["tokens_per_second"], values["step_seconds_p50"]
+    without = plot([make_run(tmp_path / "without", *records)], tmp_path / "without.png")
+    for values in records[9::10]:
+        values["validation_bits_per_base"] = 2.5 - values["step"] / 200
+    validated = plot([make_run(tmp_path / "with", *records)], tmp_path / "with.png")
+    # Of these more than half are the line: the markers alone have some 400.
+    assert pixels(Path(validated["out"]), COLOURS[-1]) > pixels(Path(without["out"]), COLOURS[-1]) + 600
+
+
 def test_a_directory_without_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing/metrics\.jsonl: not found"):
         plot([make_run(tmp_path / "run", record(1)), tmp_path / "nothing"], tmp_path / "plot.png")

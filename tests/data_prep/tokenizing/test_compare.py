@@ -30,7 +30,7 @@ def test_the_formula_is_that_of_training() -> None:
     for vocab_size in (4096, 69):
         config = ModelConfig(vocab_size=vocab_size)
         assert training_flops(vocab_size, 12_800, 128 * 12_800, 1900) == of_training(config, 12_800, 128 * 12_800, 1900)
-    assert training_flops(4096, 128, 128**2, 0.15 * 126) / 128 / 1e9 == pytest.approx(0.697, abs=0.001)
+    assert training_flops(4096, 128, 128**2, 0.15 * 126) / 128 / 1e9 == pytest.approx(0.658, abs=0.001)
 
 
 def test_numbers_that_are_known_beforehand(long_genome: Path, tokenizer_file: Path) -> None:

@@ -1,0 +1,95 @@
+"""The encoder's layers under torch.compile: one graph for all of them, any number of tokens, our operations inside.
+
+On a GPU the Triton kernels stay what they are (custom operations that Inductor calls) and the rest of a layer is fused
+around them; on a CPU the plain operations themselves are, which PyTorch would compute one after the other. A graph break is
+an error (`fullgraph`), so nothing is left out silently. At ZeRO stage 3 layers are not compiled: DeepSpeed's hooks, which
+gather weights, can't be part of a graph.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from torch import Tensor
+
+from data_prep.cli import InputError, log
+from kernels.random import fork, root_key
+from pretrain.config import Config
+from pretrain.distributed import World
+from pretrain.engine import DTYPES
+from pretrain.model import Encoder, ModelConfig, Packed, initialize
+
+# Of `compare_compiled`: compiled and plain layers round at other places.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_LENGTHS = (5, 3, 7)  # tokens of the trial's sequences
+
+
+def compile_layers(encoder: Encoder) -> None:
+    """Compile every layer, at its first call. They share one graph a kind of call, because they differ in weights alone."""
+    import torch._dynamo
+
+    # Layers also differ in the numbers of their dropout sites: without this, each would be compiled for its own.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    for layer in encoder.encoder.layer:
+        layer.compile(dynamic=True, fullgraph=True)
+
+
+def choose_compilation(config: Config, world: World) -> bool:
+    """Whether layers will be compiled, alike on all ranks; said in the log. A collective.
+
+    Raises InputError where `train.compile=true` and it can't be.
+    """
+    asked = config.train.compile
+    if asked is False or (asked == "auto" and (world.device.type == "cpu" or config.deepspeed.zero_stage == 3)):
+        return False
+    reason = _obstacle(config, world.device)
+    failed = world.sum(reason is not None)[0]
+    if failed and asked is True:
+        raise InputError(f"train.compile=true: {reason or 'it fails on another rank'}; train.compile=false does without")
+    if world.is_first or reason:
+        log("layers: torch.compile" if not failed else f"layers: not compiled: {reason or 'it fails on another rank'}")
+    return not failed
+
+
+def _obstacle(config: Config, device: torch.device) -> str | None:
+    """Why layers can't be compiled here, or None. Compiles one layer, which the others will share."""
+    if config.deepspeed.zero_stage == 3:
+        return "ZeRO stage 3 gathers weights between operations"
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "there is no C++ compiler (c++, g++ or clang++)"
+    try:
+        off = compare_compiled(config.model, device, DTYPES[config.train.dtype], config.train.recompute_geglu)
+    except Exception as error:  # a compiler has many ways to fail, and any of them is a reason
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    tolerance = TOLERANCES[DTYPES[config.train.dtype]]
+    return None if off <= tolerance else f"a compiled layer's gradients are off by {off:.1e}, more than {tolerance:.0e}"
+
+
+def compare_compiled(model: ModelConfig, device: torch.device, dtype: torch.dtype, recompute_geglu: bool = False) -> float:
+    """Norm of the difference of the gradients of an encoder of two layers, compiled and as it is, relative to their norm."""
+    encoder = Encoder(model.model_copy(update={"num_hidden_layers": 2, "vocab_size": 16}))
+    initialize(encoder, 0, model.initializer_range)
+    encoder.to(device=device, dtype=dtype)
+    for layer in encoder.encoder.layer:
+        layer.mlp.recompute = recompute_geglu
+    tokens = sum(_LENGTHS)
+    batch = Packed(
+        ids_t=torch.arange(tokens, device=device) % 16,
+        cu_seqlens=torch.tensor([0, *_LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
+        max_seqlen=max(_LENGTHS),
+        dropout_keys_t=fork(root_key(0, 1), torch.arange(tokens, device=device)),
+    )
+    rows = torch.arange(0, tokens, 3, device=device)
+    plain = _gradients(encoder, batch, rows)
+    compile_layers(encoder)
+    compiled = _gradients(encoder, batch, rows)
+    return float((plain - compiled).norm() / plain.norm())
+
+
+def _gradients(encoder: Encoder, batch: Packed, rows: Tensor) -> Tensor:
+    """All of them end to end, of a loss that is no symmetric function of the states."""
+    states_md = encoder(batch, rows).float()
+    loss = (states_md * torch.linspace(-1, 1, states_md.shape[1], device=states_md.device)).sum()
+    return torch.cat([gradient.flatten().float() for gradient in torch.autograd.grad(loss, list(encoder.parameters()))])
