@@ -54,7 +54,7 @@ class PooledEncoder(Encoder):
         super().__init__(config)
         self.pooler, self.pooling = Pooler(config), pooling
 
-    def forward(self, batch: Packed) -> Tensor:
+    def forward(self, batch: Packed) -> Tensor:  # type: ignore[override]  # the rows are those that it pools
         """[b, d], out of the pooler."""
         return self.pooler(self.embed(batch))
 
@@ -62,7 +62,7 @@ class PooledEncoder(Encoder):
         """Pooled states [b, d], as they are before the pooler's dense layer.
 
         Of [CLS] alone, what comes after the last layer's attention is computed for one token a sequence: nothing needs the
-        others. The states are the same to the last bit.
+        others.
         """
         if self.pooling == "mean":
             return pool(super().forward(batch), batch, "mean")

@@ -18,7 +18,7 @@ from kernels.random import fork, root_key
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.engine import DTYPES
-from pretrain.model import Encoder, ModelConfig, Packed, initialize
+from pretrain.model import Encoder, ModelConfig, Packed, initialize, set_recomputation
 
 # Of `compare_compiled`: compiled and plain layers round at other places.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -72,8 +72,7 @@ def compare_compiled(model: ModelConfig, device: torch.device, dtype: torch.dtyp
     encoder = Encoder(model.model_copy(update={"num_hidden_layers": 2, "vocab_size": 16}))
     initialize(encoder, 0, model.initializer_range)
     encoder.to(device=device, dtype=dtype)
-    for layer in encoder.encoder.layer:
-        layer.mlp.recompute = recompute_geglu
+    set_recomputation(encoder, layers=False, geglu=recompute_geglu)
     tokens = sum(_LENGTHS)
     batch = Packed(
         ids_t=torch.arange(tokens, device=device) % 16,

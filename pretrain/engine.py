@@ -16,7 +16,7 @@ from pretrain import zero_state, zero_step
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.lamb import Lamb, Piece
-from pretrain.model import MaskedLanguageModel
+from pretrain.model import MaskedLanguageModel, set_recomputation
 from pretrain.optimizer import HostJudged, build_optimizer, name_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,6 +58,7 @@ def build_engine(config: Config, world: World) -> Any:
     }
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3), world.device, _default_dtype(dtype):
         model = MaskedLanguageModel(config.model)
+    set_recomputation(model.bert, config.train.activation_checkpointing, config.train.recompute_geglu)
     failure: Exception | None = None
     try:
         optimizer = build_optimizer(config.optimizer, model.parameters(), world.device)

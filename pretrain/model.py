@@ -165,7 +165,8 @@ class Attention(nn.Module):
         dense_td, residual_td = x
         attended_td, keys_t = self.self(dense_td, batch), batch.dropout_keys_t
         if rows is not None:
-            attended_td, residual_td, keys_t = (None if y is None else y[rows] for y in (attended_td, residual_td, keys_t))
+            attended_td, residual_td = attended_td[rows], residual_td[rows]
+            keys_t = None if keys_t is None else keys_t[rows]
         return self.output(attended_td, residual_td, keys_t)
 
 
@@ -303,12 +304,13 @@ class MaskedLanguageModel(nn.Module):
         return loss, right
 
 
-def set_recomputation(model: MaskedLanguageModel, layers: bool, geglu: bool) -> None:
+def set_recomputation(encoder: Encoder, layers: bool, geglu: bool) -> None:
     """What the backward pass computes again instead of keeping it: whole layers, the GEGLU inside them. Gradients are the
     same to the last bit."""
-    model.bert.checkpointing = layers
-    for layer in model.bert.encoder.layer:
-        layer.mlp.recompute = geglu
+    encoder.checkpointing = layers
+    for module in encoder.modules():
+        if isinstance(module, FeedForward):
+            module.recompute = geglu
 
 
 def initial_values(shapes: Mapping[str, tuple[int, ...]], seed: int, std: float) -> Iterator[tuple[str, Tensor]]:

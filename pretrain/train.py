@@ -22,6 +22,7 @@ from data_prep.cli import Hung, InputError, StopRequested, dump_json, log, one_l
 from data_prep.dataset import Dataset
 from pretrain import checkpoint, run_directory, zero_state
 from pretrain.bad_steps import BadSteps, BadStepsFile, described
+from pretrain.compiled import choose_compilation, compile_layers
 from pretrain.config import Config
 from pretrain.distributed import RankLost, StopSignal, World, environment_rank, start
 from pretrain.engine import build_engine
@@ -131,7 +132,11 @@ class _Run:
         self.loader = Loader(config, dataset, world.rank, world.size, pin=world.device.type == "cuda")
         found = find_checkpoint(run_dir, world, from_step)
         self.kernels = choose(config, world, dataset.manifest["sequence_length"])
+        compiled = choose_compilation(config, world)
+        self.kernels["layers"] = "torch.compile" if compiled else "torch"
         self.engine = build_engine(config, world)
+        if compiled:
+            compile_layers(self.engine.module.bert)
         world.limit_collectives(config.watchdog.start_seconds + COLLECTIVE_MARGIN_SECONDS)  # of DeepSpeed's groups too
         self.shapes = zero_state.shapes(self.engine)
         self.step, self.saved_step = 0, None if found is None else found.step

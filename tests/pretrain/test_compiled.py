@@ -47,7 +47,7 @@ def test_four_layers_are_two_graphs_without_a_break_for_batches_of_any_lengths()
     compile_layers(model.bert)
     for batch, expected in zip(batches, plain, strict=True):
         for a, b in zip(gradients(model, batch), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
     # The last layer computes its predicted tokens only: a graph of its own. What differs between the others is no constant.
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]

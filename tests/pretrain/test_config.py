@@ -48,7 +48,7 @@ def test_bf16_at_stage_0_is_refused() -> None:
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="presets 2500m, 500m, dnabert2_117m, .*, tiny"):
+    with pytest.raises(InputError, match=r"presets 2500m, 500m, dnabert2_117m, .*, tiny"):
         load_config(str(tmp_path / "none.yaml"))
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: [1")

@@ -16,7 +16,7 @@ def step(checkpointing: bool, recompute_geglu: bool) -> tuple[list[torch.Tensor]
     """Gradients, bytes that the forward pass keeps (parameters not counted), and FLOPs of matrix products."""
     model = MaskedLanguageModel(CONFIG)
     initialize(model, 0, 0.2)
-    set_recomputation(model, checkpointing, recompute_geglu)
+    set_recomputation(model.bert, checkpointing, recompute_geglu)
     starts = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
     keys = fork(root_key(3, PURPOSE_DROPOUT), torch.arange(TOKENS))
     batch = Packed(torch.arange(TOKENS) % 45 + 5, starts, max(LENGTHS), keys)
