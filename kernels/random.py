@@ -114,8 +114,8 @@ def keep_mask(keys_t: Tensor, site: int, width: int, p: float, first: int = 0) -
 
 
 # Two parts of `fork` that a compiler must take as they are. Inductor would write the first as arithmetic of indices in C++,
-# where it overflows: undefined, and GCC then leaves out iterations of the loop (seen with torch 2.13). And the number of a site
-# can be a symbol, whose product with GOLDEN would not be one of 64 bits.
+# where it overflows: undefined, and GCC then leaves out iterations of the loop (seen with torch 2.13). And the number of a
+# site can be a symbol, whose product with GOLDEN would not be one of 64 bits.
 @torch.library.custom_op("dnabert2::multiples_of_golden", mutates_args=())
 def _multiples(like: Tensor, first: int, count: int) -> Tensor:
     """What `fork` adds to a key for its children `first` to `first + count - 1`: int64 [count], on the device of `like`."""

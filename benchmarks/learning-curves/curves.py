@@ -1,6 +1,7 @@
 """Validation bits a base against training FLOPs, tokens and bases, from run directories: curves.csv and curves.png.
 
 metrics.jsonl has steps alone, so each run's batches are read again, in their order and with their masks, and counted.
+Dotted lines are the token frequencies of finals.csv, which finals.py has written to the same directory.
 
     python benchmarks/learning-curves/curves.py RUN_DIR... --out benchmarks/learning-curves
 """
@@ -27,8 +28,8 @@ COLUMNS = ("run", "step", "tokens", "bases", "flops", BITS)
 COLOURS = {"bpe": "#0072b2", "kmer": "#d55e00", "overlap": "#009e73"}  # of Okabe and Ito
 # Panels: title, whether a run belongs, limits of the ordinate. The overlapping runs begin at the bits of a whole token.
 PANELS = (
-    ("About 4,100 tokens: BPE and 6-mers", lambda name: "4096" in name or "kmer6" in name, (1.88, 2.08)),
-    ("About 260 tokens: BPE and 4-mers", lambda name: "256" in name or "kmer4" in name, (1.88, 2.08)),
+    ("About 4,100 tokens: BPE and 6-mers", lambda name: "4096" in name or "kmer6" in name, (1.88, 2.13)),
+    ("About 260 tokens: BPE and 4-mers", lambda name: "256" in name or "kmer4" in name, (1.88, 2.13)),
     ("Overlapping 6-mers and 4-mers (another ordinate, another question)", lambda name: "overlap" in name, (0, 8.5)),
 )
 
@@ -54,8 +55,15 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(curves: list[list[dict[str, Any]]], out: Path) -> None:
-    """Bits over FLOPs, a panel a group; later seeds dashed, overlapping 4-mers light."""
+def frequencies(file: Path) -> dict[str, float]:
+    """Bits a base of `token frequencies` by the run on whose validation they were taken."""
+    with file.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["model"] == "token frequencies"]
+    return {row["run"]: float(row["bits_per_base"]) for row in rows}
+
+
+def draw(curves: list[list[dict[str, Any]]], plain: dict[str, float], out: Path) -> None:
+    """Bits over FLOPs, a panel a group; later seeds dashed, overlapping 4-mers light. `plain`: of `frequencies`."""
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 7.5), dpi=90, layout="constrained")
         mosaic = figure.subplot_mosaic([[0, 1], [2, 2]], height_ratios=[1.2, 1])
@@ -68,9 +76,14 @@ def draw(curves: list[list[dict[str, Any]]], out: Path) -> None:
                 colour = next(colour for kind, colour in COLOURS.items() if name.startswith(kind))
                 look = {"linestyle": "-" if name.endswith("s0") else "--", "alpha": 0.55 if "overlap4" in name else 1}
                 axes.plot([row["flops"] for row in rows], [row[BITS] for row in rows], label=name, color=colour, **look)
+                if name.endswith("s0") and name in plain:
+                    label = f"{name.removesuffix('-s0')}, token frequencies"
+                    axes.axhline(plain[name], color=colour, linestyle=":", linewidth=1.2, label=label)
             axes.axhline(2.0, color="#808080", linewidth=0.8, zorder=0)
-            axes.set(title=title, xlabel="training FLOPs (matrix products)", ylabel="bits a hidden base", ylim=limits, xlim=0)
-            axes.legend(frameon=False)
+            axes.set(
+                title=title, xlabel="training FLOPs (matrix products)", ylabel="bits a hidden base", ylim=limits, xlim=0
+            )
+            axes.legend(loc="upper right", ncols=2, frameon=False, fontsize=9)
         figure.savefig(out)
 
 
@@ -84,7 +97,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for rows in curves for row in rows)
-    draw(curves, args.out / "curves.png")
+    draw(curves, frequencies(args.out / "finals.csv"), args.out / "curves.png")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def training_flops(vocab_size: int, tokens: int, squared_lengths: int, masked: f
 
     In a layer a token costs 4 d^2 (q, k, v, output) + 3 d f (GEGLU) multiply-adds, and a sequence of n tokens 2 n^2 d more
     (attention); a masked token costs d^2 + d v in the head, and in the last layer the others save d^2 + 3 d f, as `pretrain`
-    does. A multiply-add is 2 FLOPs, and the backward pass takes twice the forward pass (Kaplan et al. 2020, "Scaling laws for
-    neural language models", section 2.1; Chowdhery et al. 2022, "PaLM", appendix B). At 128 tokens and v = 4096 this is 0.658
-    GFLOP a token; with the whole last layer it would be 0.697.
+    does. A multiply-add is 2 FLOPs, and the backward pass takes twice the forward pass (Kaplan et al. 2020, "Scaling laws
+    for neural language models", section 2.1; Chowdhery et al. 2022, "PaLM", appendix B). At 128 tokens and v = 4096 this is
+    0.658 GFLOP a token; with the whole last layer it would be 0.697.
 
     Args:
         vocab_size: v.

@@ -54,7 +54,8 @@ def attention(
         )
         padded = qkv_t3hd.new_zeros(sequences * max_seqlen, 3, heads, dim).index_copy(0, slot, qkv_t3hd)
         bias = bias_hss[None].masked_fill((position >= lengths[:, None])[:, None, None, :], -math.inf)
-    q, k, v = padded.view(sequences, max_seqlen, 3, heads, dim).permute(2, 0, 3, 1, 4).to(wide)
+    # Widened before it is cut up: for the copies' strides Inductor would take those of the first sequence length it saw.
+    q, k, v = padded.to(wide).view(sequences, max_seqlen, 3, heads, dim).permute(2, 0, 3, 1, 4)
     with torch.autocast(device.type, enabled=False):  # it would round q, k, v and the bias to its own type
         if dropout_p == 0.0 or dropout_keys_t is None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
