@@ -6,8 +6,7 @@ Nothing is stored and nothing advances, so a run that is resumed, or cut over ot
 
 `fork` is output n of SplitMix64 seeded with the key (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014, with the constants of Vigna's splitmix64.c): two 64-bit multiplications for four dropout
-decisions. Philox4x32-10, in the same tensor operations, costs a CPU about five times as much (`python -m kernels bench`);
-`python -m pretrain bench` prints the share of this generator in a step.
+decisions. Philox4x32-10, in the same tensor operations, costs a CPU about five times as much (`python -m kernels bench`).
 
 All functions take and return int64, which wraps where the definition says uint64; they accept torch tensors and numpy
 arrays alike.

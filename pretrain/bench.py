@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     try:
         world = start()
-        if not whole:  # a step is one micro batch a rank
-            train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size * world.size})
-            config = config.model_copy(update={"train": train})
+        size = config.train.global_batch_size if whole else config.train.micro_batch_size * world.size
+        train = config.train.model_copy(update={"global_batch_size": size, "batch_warmup": None})
+        config = config.model_copy(update={"train": train})
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
             if not (Path(config.data.path) / "manifest.json").is_file() and "://" not in config.data.path:
                 synthetic = str(write_synthetic(Path(scratch) / "dataset", SYNTHETIC))
@@ -126,6 +126,8 @@ def _result(
 ) -> dict[str, Any]:
     """Everything that is reported; a collective."""
     device = world.device
+    alone = device.type == "cuda" and len(median) == 1
+    memory_gb = torch.cuda.max_memory_allocated(device) / 1e9 if alone else None
     parts, shares = ours.parts(max(2, steps // 2)), ours.share_in_products(2)
     total = dict(zip(mean, world.sum(*mean.values()), strict=True))  # of all ranks
     median["ours"] = world.max(median["ours"])
@@ -145,14 +147,14 @@ def _result(
         "product_tflops": gemm / 1e12,
         "share_of_product_rate": products["ours"] / median["ours"] / world.size / gemm,
         "padding": 1 - tokens / (config.train.global_batch_size * longest),
-        "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        "memory_gb": memory_gb,  # None beside others
         "kernels": ours.kernels,
         "model": config.model.model_dump(),
         "setting": {
             "dtype": config.train.dtype,
             "zero_stage": config.deepspeed.zero_stage,
             "ranks": world.size,
-            "nodes": world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
+            "ranks_a_node": int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 0))) or None,
             "micro_batch": config.train.micro_batch_size,
             "global_batch": config.train.global_batch_size,
             "longest": longest,

@@ -2,7 +2,8 @@
 
 With `micro` sequences a rank whatever the number of ranks this is weak scaling; with `train.global_batch_size=N` among the
 overrides the step stays the same and is cut over more ranks: strong scaling. On one machine torchrun starts the ranks;
-`--launch` says how to start them elsewhere, such as 'srun --nodes {nodes} --ntasks {ranks} python' in an allocation.
+`--launch` says how to start them elsewhere, such as 'srun --nodes {nodes} --ntasks {ranks} python' in an allocation: `ranks`
+are those of all nodes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import csv
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from data_prep.cli import InputError, log
 
 KEYS = {"micro": "train.micro_batch_size", "stage": "deepspeed.zero_stage"}  # the others are given to the launcher
 AXES = ("nodes", "ranks", "stage", "micro")
-DEFAULT_LAUNCH = f"{sys.executable} -m torch.distributed.run --nproc_per_node {{ranks}}"
+DEFAULT_LAUNCH = f"{shlex.quote(sys.executable)} -m torch.distributed.run --nproc_per_node {{ranks}}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is None:
         raise InputError("--sweep needs --out DIR")
     axes = parse(args.sweep)
+    if max(axes["nodes"]) > 1 and "{nodes}" not in args.launch:
+        raise InputError("--sweep nodes=N needs --launch with {nodes}: torchrun starts ranks of this machine only")
+    try:
+        args.launch.format(nodes=1, ranks=1, stage=1, micro=1)
+    except (KeyError, ValueError, IndexError):
+        raise InputError(f"--launch {args.launch!r}: names are {{nodes}}, {{ranks}}, {{stage}} and {{micro}}") from None
     rows = []
     for values in itertools.product(*axes.values()):
         row: dict[str, Any] = dict(zip(axes, values, strict=True))
@@ -71,7 +79,7 @@ def parse(texts: list[str]) -> dict[str, list[int]]:
 
 def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     overrides = [*args.overrides, *(f"{key}={row[axis]}" for axis, key in KEYS.items())]
-    command = [part.format(**row) for part in args.launch.split()]
+    command = [part.format(**row) for part in shlex.split(args.launch)]
     command += ["-m", "pretrain", "bench", args.config, *overrides, "--against", "--steps", str(args.steps), "--json"]
     command += ["--threads", str(args.threads)] if args.threads else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,10 +99,12 @@ def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         found["error"] = next((line for line in reversed(errors) if "rror" in line), f"status {done.returncode}")[:200]
         return found
     result = json.loads(lines[-1])
-    speed = result["tokens_per_second"]["ours"]
+    speed, started = result["tokens_per_second"]["ours"], result["setting"]["ranks"]
+    if started != row["ranks"]:
+        return found | {"error": f"--launch started {started} ranks"}
     return found | {
         "tokens_per_second": speed,
-        "tokens_per_second_per_rank": speed / (row["ranks"] * row["nodes"]),
+        "tokens_per_second_per_rank": speed / row["ranks"],
         "step_seconds": result["step_seconds"]["ours"],
         "mfu": result["mfu"],
         "share_in_products": result["shares"]["matrix_products"],
@@ -110,7 +120,7 @@ def add_efficiency(rows: list[dict[str, Any]]) -> None:
             for other in rows
             if (other["stage"], other["micro"]) == (row["stage"], row["micro"]) and other["tokens_per_second"]
         ]
-        base = min(alike, key=lambda other: other["ranks"] * other["nodes"], default=None)
+        base = min(alike, key=lambda other: other["ranks"], default=None)
         speed = row["tokens_per_second_per_rank"]
         row["efficiency"] = None if base is None or speed is None else speed / base["tokens_per_second_per_rank"]
 
@@ -124,26 +134,29 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     whole = [row for row in rows if row["tokens_per_second"]]
-    for stage, ranks in sorted({(row["stage"], row["ranks"] * row["nodes"]) for row in whole}):
-        line = sorted(
-            (r["micro"], r["tokens_per_second"]) for r in whole if (r["stage"], r["ranks"] * r["nodes"]) == (stage, ranks)
-        )
+    for stage, ranks in sorted({(row["stage"], row["ranks"]) for row in whole}):
+        line = sorted((r["micro"], r["tokens_per_second"]) for r in whole if (r["stage"], r["ranks"]) == (stage, ranks))
         left.plot(*zip(*line, strict=True), marker="o", label=f"ZeRO {stage}, {ranks} rank{'s' * (ranks > 1)}")
     left.set(xlabel="sequences a micro batch", ylabel="real tokens a second, all ranks", xscale="log")
     left.set_ylim(bottom=0)
+    _ticks(left, {row["micro"] for row in whole})
     left.legend(frameon=False)
     for stage, micro in sorted({(row["stage"], row["micro"]) for row in whole}):
-        line = sorted(
-            (r["ranks"] * r["nodes"], r["tokens_per_second"]) for r in whole if (r["stage"], r["micro"]) == (stage, micro)
-        )
+        line = sorted((r["ranks"], r["tokens_per_second"]) for r in whole if (r["stage"], r["micro"]) == (stage, micro))
         right.plot(*zip(*line, strict=True), marker="o", label=f"ZeRO {stage}, micro batch {micro}")
         (few, speed), most = line[0], line[-1][0]
         if most > few:
             right.plot([few, most], [speed, speed * most / few], color="0.7", linestyle=":", zorder=0)
     right.set(xlabel="ranks (dotted: in proportion)", ylabel="real tokens a second, all ranks")
     right.set_ylim(bottom=0)
+    _ticks(right, {row["ranks"] for row in whole})
     right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _ticks(axes: Any, values: set[int]) -> None:
+    axes.set_xticks(sorted(values), [str(value) for value in sorted(values)])
+    axes.minorticks_off()

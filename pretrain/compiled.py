@@ -32,25 +32,26 @@ def compile_layers(encoder: Encoder) -> None:
 
     # Layers also differ in the numbers of their dropout sites: without this, each would be compiled for its own.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # Sizes of 0 and 1 get graphs of their own, and so do validation and batches of equal lengths: more kinds of call than
+    # the 8 after which it would give up, in the middle of a run.
+    torch._dynamo.config.recompile_limit = 64
     for layer in encoder.encoder.layer:
         layer.compile(dynamic=True, fullgraph=True)
 
 
 def choose_compilation(config: Config, world: World) -> bool:
-    """Whether layers will be compiled, alike on all ranks; said in the log. A collective.
+    """Whether layers will be compiled, after a trial on every rank; said in the log. A collective.
 
-    Raises InputError where `train.compile=true` and it can't be.
+    Raises InputError, on all ranks, where `train.compile=true` and one of them can't.
     """
-    asked = config.train.compile
-    if asked is False or (asked == "auto" and (world.device.type == "cpu" or config.deepspeed.zero_stage == 3)):
+    if not config.train.compile:
         return False
     reason = _obstacle(config, world.device)
-    failed = world.sum(reason is not None)[0]
-    if failed and asked is True:
-        raise InputError(f"train.compile=true: {reason or 'it fails on another rank'}; train.compile=false does without")
-    if world.is_first or reason:
-        log("layers: torch.compile" if not failed else f"layers: not compiled: {reason or 'it fails on another rank'}")
-    return not failed
+    failure = reason and InputError(f"train.compile=true: {reason}; train.compile=false does without")
+    world.agree(failure or None)
+    if world.is_first:
+        log("layers: torch.compile")
+    return True
 
 
 def _obstacle(config: Config, device: torch.device) -> str | None:

@@ -119,10 +119,10 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(64, ge=1)  # sequences a rank takes through the model at once
     # Memory for time: each layer keeps its input only and is computed again in the backward pass, a third more products.
     activation_checkpointing: bool = False
-    recompute_geglu: bool = False  # the GEGLU's product is computed again: f values a token and layer less, no more products
-    # torch.compile around the layers. auto: on a GPU below ZeRO stage 3, where a trial at the start works; on a CPU not, as
-    # it takes half a minute. true: refuse to start where it does not work.
-    compile: Literal["auto"] | bool = "auto"
+    recompute_geglu: bool = False  # the GEGLU is computed again: f values a token and layer less, no more products
+    # torch.compile around the layers, after a trial at the start; where that fails the run doesn't start. It takes half a
+    # minute and more, and is not for ZeRO stage 3 (pretrain/compiled.py).
+    compile: bool = False
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(10, ge=1)  # steps

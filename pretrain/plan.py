@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The verb. Raises InputError for what can't be planned or can't fit, after the report is logged."""
     for name in ("nodes", "gpus_per_node", "gpu_memory_gb", "mfu", "tokens_per_second_per_gpu", "sequence_length"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN neither
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if args.mfu > 1:
         raise InputError(f"--mfu {args.mfu}: is a share, at most 1")
@@ -101,6 +101,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "warnings": _warnings(config, way, args.gpus_per_node),
         "checked_against_a_gpu": None,
     }
+    if data["path"] is None and args.sequence_length is None:
+        plan["warnings"].append(
+            f"sequences of {UNKNOWN_LENGTH} tokens are assumed; --sequence-length says otherwise (500m and 2500m: 1024)"
+        )
     if args.check:
         from pretrain.plan_check import check
 

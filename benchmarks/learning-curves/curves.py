@@ -74,7 +74,10 @@ def draw(curves: list[list[dict[str, Any]]], plain: dict[str, float], out: Path)
                 if not belongs(name):
                     continue
                 colour = next(colour for kind, colour in COLOURS.items() if name.startswith(kind))
-                look = {"linestyle": "-" if name.endswith("s0") else "--", "alpha": 0.55 if "overlap4" in name else 1}
+                look: dict[str, Any] = {
+                    "linestyle": "-" if name.endswith("s0") else "--",
+                    "alpha": 0.55 if "overlap4" in name else 1,
+                }
                 axes.plot([row["flops"] for row in rows], [row[BITS] for row in rows], label=name, color=colour, **look)
                 if name.endswith("s0") and name in plain:
                     label = f"{name.removesuffix('-s0')}, token frequencies"

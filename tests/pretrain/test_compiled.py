@@ -26,7 +26,7 @@ def packed(lengths: list[int]) -> Packed:
 
 
 def gradients(model: MaskedLanguageModel, batch: Packed) -> list[torch.Tensor]:
-    index_m = torch.arange(1, len(batch.ids_t), 3)
+    index_m = torch.arange(len(batch.ids_t))[1::3]
     model(batch, index_m, batch.ids_t[index_m])[0].backward()
     found = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -51,6 +51,24 @@ def test_four_layers_are_two_graphs_without_a_break_for_batches_of_any_lengths()
     # The last layer computes its predicted tokens only: a graph of its own. What differs between the others is no constant.
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+def test_batches_without_tokens_of_one_token_and_of_validation() -> None:
+    model = MaskedLanguageModel(CONFIG)
+    initialize(model, 0, 0.2)
+    no_token = torch.zeros(0, dtype=torch.int64)
+    nothing = Packed(no_token, torch.zeros(1, dtype=torch.int32), 0, no_token)
+    batches = [packed([4, 7]), nothing, packed([6]), packed([2, 2, 1]), packed([5, 5])]
+    plain = [gradients(model, batch) for batch in batches]
+    validation = Packed(batches[0].ids_t, batches[0].cu_seqlens, 7)
+    with torch.no_grad():
+        logits = model.logits(validation, torch.arange(3))
+    compile_layers(model.bert)
+    for batch, expected in zip(batches, plain, strict=True):
+        for a, b in zip(gradients(model, batch), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(validation, torch.arange(3)), logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_words_of_a_row_are_drawn_as_without_a_compiler() -> None:
