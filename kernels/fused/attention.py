@@ -39,7 +39,7 @@ def _short_tile(kernel: str, max_seqlen: int, facts: dict[str, Any]) -> dict[str
     """None where a whole sequence is too much for one program."""
     # Seen on an H200 with Triton 3.6.0: gradients of heads of 128 were wrong (16-bit types, 12 heads, sequences of 128 and
     # fewer), those of 32 and 64 right; the interpreter finds nothing. The kernels for many tiles were right for all.
-    wrong = kernel == "attention_short_backward" and facts["dim"] > 64
+    wrong = kernel == "attention_short_backward" and facts["head_dim"] > 64
     if max_seqlen > SHORT or wrong:
         return None
     block = max(16, triton.next_power_of_2(max_seqlen))
