@@ -22,7 +22,7 @@ from pretrain.engine import DTYPES
 from pretrain.model import Encoder, ModelConfig, Packed, initialize, set_recomputation
 
 # Of `compare_compiled`: compiled and plain layers round at other places.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _LENGTHS = (5, 3, 7), (9, 14)  # tokens of the sequences of the trial's batches: other sizes for what is compiled by then
 
 
@@ -72,7 +72,7 @@ def _obstacle(config: Config, device: torch.device) -> str | None:
 def compare_compiled(model: ModelConfig, device: torch.device, dtype: torch.dtype, recompute_geglu: bool = False) -> float:
     """Norm of the difference of the gradients of an encoder of two layers, compiled and as it is, relative to their norm."""
     encoder = Encoder(model.model_copy(update={"num_hidden_layers": 2, "vocab_size": 16}))
-    initialize(encoder, 0, model.initializer_range)
+    initialize(encoder, 0, model.hidden_size**-0.5)  # of a size with which every part weighs in the gradients
     encoder.to(device=device, dtype=dtype)
     set_recomputation(encoder, layers=False, geglu=recompute_geglu)
     plain = [_gradients(encoder, lengths, device) for lengths in _LENGTHS]
