@@ -42,7 +42,9 @@ def test_the_papers_run():
     assert run_["hours"] * 3600 * 8 * 989.5e12 * 0.40 == pytest.approx(run_["matrix_flops"])
     assert run_["share_of_paper_gpu_days"] == pytest.approx(run_["hours"] * 8 / 24 / 112)
     assert found["disk_bytes"] == disk_bytes(load_config(PAPER))
-    assert found["memory"]["accumulation"] == 4 and found["memory"]["fits"] and "128 tokens are assumed" in found["warnings"][0]
+    assert (
+        found["memory"]["accumulation"] == 4 and found["memory"]["fits"] and "128 tokens are assumed" in found["warnings"][0]
+    )
     assert list(found["memory"]["by_stage"]) == ["1", "2", "3"]  # bf16 has no stage 0
     assert found["checked_against_a_gpu"] is None
 
