@@ -12,12 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from data_prep.dataset import Dataset
 from pretrain import zero_state
 from pretrain.bad_steps import BadSteps
-from pretrain.compiled import choose_compilation, compile_layers
+from pretrain.compiled import prepare_engine
 from pretrain.config import Config
 from pretrain.distributed import World
-from pretrain.engine import build_engine
 from pretrain.flops import training_flops
-from pretrain.implementations import choose
 from pretrain.loader import Loader, MaskedBatch
 from pretrain.prefetch import Prefetch
 from pretrain.timing import StepTimer
@@ -33,12 +31,7 @@ class OurStep:
 
     def __init__(self, config: Config, dataset: Dataset, world: World) -> None:
         self.config, self.world, self.taken = config, world, 0
-        self.kernels = choose(config, world, dataset.manifest["sequence_length"])
-        compiled = choose_compilation(config, world)
-        self.kernels["layers"] = "torch.compile" if compiled else "torch"
-        self.engine = build_engine(config, world)
-        if compiled:
-            compile_layers(self.engine.module.bert)
+        self.engine, self.kernels = prepare_engine(config, world, dataset.manifest["sequence_length"])
         shapes = zero_state.shapes(self.engine)
         zero_state.load(self.engine, zero_state.InitialState(shapes, config.train.seed, config.model.initializer_range))
         loader = Loader(config, dataset, world.rank, world.size, pin=world.device.type == "cuda")

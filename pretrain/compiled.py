@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,30 @@ from data_prep.cli import InputError, log
 from kernels.random import fork, root_key
 from pretrain.config import Config
 from pretrain.distributed import World
-from pretrain.engine import DTYPES
+from pretrain.engine import DTYPES, build_engine
+from pretrain.implementations import choose
 from pretrain.model import Encoder, ModelConfig, Packed, initialize, set_recomputation
 
 # Of `compare_compiled`: compiled and plain layers round at other places.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _LENGTHS = (5, 3, 7), (9, 14)  # tokens of the sequences of the trial's batches: other sizes for what is compiled by then
+
+
+def prepare_engine(config: Config, world: World, longest: int) -> tuple[Any, dict[str, str]]:
+    """Choose who computes what, and build the engine that does; a collective.
+
+    Args:
+        longest: sequence of the data, in tokens.
+
+    Returns:
+        DeepSpeed's engine, and the name of what computes each operation and the layers around them.
+    """
+    names = choose(config, world, longest)
+    compiled = choose_compilation(config, world)
+    engine = build_engine(config, world)
+    if compiled:
+        compile_layers(engine.module.bert)
+    return engine, names | {"layers": "torch.compile" if compiled else "torch"}
 
 
 def compile_layers(encoder: Encoder) -> None:

@@ -22,11 +22,9 @@ from data_prep.cli import Hung, InputError, StopRequested, dump_json, log, one_l
 from data_prep.dataset import Dataset
 from pretrain import checkpoint, run_directory, zero_state
 from pretrain.bad_steps import BadSteps, BadStepsFile, described
-from pretrain.compiled import choose_compilation, compile_layers
+from pretrain.compiled import prepare_engine
 from pretrain.config import Config
 from pretrain.distributed import RankLost, StopSignal, World, environment_rank, start
-from pretrain.engine import build_engine
-from pretrain.implementations import choose
 from pretrain.interval import Interval
 from pretrain.lease import Lease
 from pretrain.lives import record_life
@@ -131,12 +129,7 @@ class _Run:
         config, run_dir, world = self.config, self.run_dir, self.world
         self.loader = Loader(config, dataset, world.rank, world.size, pin=world.device.type == "cuda")
         found = find_checkpoint(run_dir, world, from_step)
-        self.kernels = choose(config, world, dataset.manifest["sequence_length"])
-        compiled = choose_compilation(config, world)
-        self.kernels["layers"] = "torch.compile" if compiled else "torch"
-        self.engine = build_engine(config, world)
-        if compiled:
-            compile_layers(self.engine.module.bert)
+        self.engine, self.kernels = prepare_engine(config, world, dataset.manifest["sequence_length"])
         world.limit_collectives(config.watchdog.start_seconds + COLLECTIVE_MARGIN_SECONDS)  # of DeepSpeed's groups too
         self.shapes = zero_state.shapes(self.engine)
         self.step, self.saved_step = 0, None if found is None else found.step
