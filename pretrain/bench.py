@@ -2,7 +2,8 @@
 
 A step is what a run takes: the loader, forward and backward through DeepSpeed, the verdict on the gradient, the optimizer.
 Steps of the candidates alternate on the same batches (of data.path, or of random tokens where that is no dataset), so that
-all meet the same machine, and the medians are compared. Under torchrun or srun the ranks train together, ours alone.
+all meet the same machine; a ratio is the median over the batches of the two steps' ratio. Under torchrun or srun the ranks
+train together, ours alone.
 """
 
 from __future__ import annotations
@@ -111,8 +112,12 @@ def _bench(config: Config, world: World, steps: int, against: Sequence[str]) -> 
             step(padded)
             seconds[name].append(now(device) - started)
     median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        f"ratio_{name}": statistics.median(its / own for its, own in zip(seconds[name], seconds["ours"], strict=True))
+        for name in theirs
+    }
     mean = {key: sum(row[key] for row in counted) / len(counted) for key in counted[0]}
-    return _result(config, world, ours, longest, steps, median, mean)
+    return _result(config, world, ours, longest, steps, median, mean) | ratios
 
 
 def _result(
@@ -164,8 +169,6 @@ def _result(
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "transformers")}},
     }
-    for name in median.keys() - {"ours"}:
-        result[f"ratio_{name}"] = median[name] / median["ours"]
     return result
 
 

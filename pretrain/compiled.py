@@ -20,7 +20,7 @@ from kernels.random import fork, root_key
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.engine import DTYPES, build_engine
-from pretrain.implementations import choose
+from pretrain.implementations import choose, choose_onednn
 from pretrain.model import Encoder, ModelConfig, Packed, initialize, set_recomputation
 
 # Of `compare_compiled`: compiled and plain layers round at other places.
@@ -35,14 +35,16 @@ def prepare_engine(config: Config, world: World, longest: int) -> tuple[Any, dic
         longest: sequence of the data, in tokens.
 
     Returns:
-        DeepSpeed's engine, and the name of what computes each operation and the layers around them.
+        DeepSpeed's engine, and the name of what computes each operation, the layers around them and the products in these.
     """
     names = choose(config, world, longest)
+    choose_onednn(config, world)
     compiled = choose_compilation(config, world)
     engine = build_engine(config, world)
     if compiled:
         compile_layers(engine.module.bert)
-    return engine, names | {"layers": "torch.compile" if compiled else "torch"}
+    layers, linear = "torch.compile" if compiled else "torch", "onednn" if config.train.onednn else "torch"
+    return engine, names | {"layers": layers, "linear": linear}
 
 
 def compile_layers(encoder: Encoder) -> None:

@@ -123,6 +123,8 @@ class TrainConfig(Section):
     # torch.compile around the layers, after a trial at the start; where that fails the run doesn't start. It takes half a
     # minute and more, and is not for ZeRO stage 3 (pretrain/compiled.py).
     compile: bool = False
+    # On a CPU, fp32 products by oneDNN instead of torch's BLAS, after a trial: faster on some CPUs (pretrain/onednn.py).
+    onednn: bool = False
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(10, ge=1)  # steps
@@ -203,6 +205,8 @@ class Config(Section):
             raise ValueError(
                 "deepspeed.zero_stage 0 needs train.dtype=fp32: in bf16 it has no fp32 master weights; use stage 1"
             )
+        if train.onednn and train.dtype != "fp32":
+            raise ValueError("train.onednn is for train.dtype=fp32; torch takes bf16 products from oneDNN by itself")
         if self.data.stall_seconds >= self.watchdog.step_seconds:
             raise ValueError("data.stall_seconds must be less than watchdog.step_seconds")
         return self
@@ -227,6 +231,7 @@ MAY_CHANGE = frozenset(
         "train.activation_checkpointing",
         "train.recompute_geglu",
         "train.compile",
+        "train.onednn",
         "train.log_every",
         "train.peak_tflops",
         "optimizer.implementation",

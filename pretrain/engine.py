@@ -16,7 +16,7 @@ from pretrain import zero_state, zero_step
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.lamb import Lamb, Piece
-from pretrain.model import MaskedLanguageModel, set_recomputation
+from pretrain.model import MaskedLanguageModel, set_onednn, set_recomputation
 from pretrain.optimizer import HostJudged, build_optimizer, name_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -59,6 +59,7 @@ def build_engine(config: Config, world: World) -> Any:
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3), world.device, _default_dtype(dtype):
         model = MaskedLanguageModel(config.model)
     set_recomputation(model.bert, config.train.activation_checkpointing, config.train.recompute_geglu)
+    set_onednn(model, config.train.onednn)
     failure: Exception | None = None
     try:
         optimizer = build_optimizer(config.optimizer, model.parameters(), world.device)
@@ -69,6 +70,8 @@ def build_engine(config: Config, world: World) -> Any:
         waits = "; every step the host waits for the device, to tell it what to leave out"
         log(f"optimizer: {name_of(config.optimizer)}{waits if isinstance(optimizer, HostJudged) else ''}")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if stage == 0 and world.size == 1:
+        engine.enable_backward_allreduce = False  # it would copy all gradients twice, to sum them over one rank
     zero_step.leave_judging_to_us(engine)
     if isinstance(optimizer, Lamb):
         number = {name: index for index, name in enumerate(zero_state.shapes(engine))}

@@ -1,4 +1,4 @@
-"""Which implementations of the fused operations a run computes with: chosen at its start, alike on all ranks."""
+"""Which implementations of operations a run computes with: chosen at its start, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from data_prep.cli import InputError, log
 from kernels import choice
 from kernels.choice import Sizes
+from pretrain import onednn
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.engine import DTYPES
@@ -50,6 +51,19 @@ def choose(config: Config, world: World, longest: int) -> dict[str, str]:
     if world.is_first or (mine and differ):
         _log(choice.describe(names, found))
     return names
+
+
+def choose_onednn(config: Config, world: World) -> None:
+    """Try oneDNN on every rank where `train.onednn` asks for it, and say so in the log. A collective.
+
+    Raises InputError, on all ranks, where one of them can't.
+    """
+    if not config.train.onednn:
+        return
+    reason = onednn.obstacle(world.device)
+    world.agree(InputError(f"train.onednn=true: {reason}; train.onednn=false does without") if reason else None)
+    if world.is_first:
+        log("linear layers: oneDNN")
 
 
 def choose_alone(

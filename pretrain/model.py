@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from pretrain.onednn import linear
 
 
 class ModelConfig(BaseModel):
@@ -109,6 +110,15 @@ class LayerNorm(nn.Module):
         )
 
 
+class Linear(nn.Linear):
+    """A dense layer; with `onednn`, of fp32 matrices on a CPU (`pretrain/onednn.py`)."""
+
+    onednn = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias) if self.onednn else super().forward(input)
+
+
 class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,7 +136,7 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, first_site: int) -> None:
         super().__init__()
-        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.heads = config.num_attention_heads
         self.site, self.dropout_p = first_site + SITE_ATTENTION_WEIGHTS, config.attention_probs_dropout_prob
 
@@ -148,7 +158,7 @@ class DenseResidualNorm(nn.Module):
 
     def __init__(self, config: ModelConfig, first_site: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config, first_site + SITE_ATTENTION_OUTPUT, config.hidden_dropout_prob)
 
     def forward(self, attended_td: Tensor, x_td: Tensor, keys_t: Tensor | None) -> Twice:
@@ -179,8 +189,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, first_site: int) -> None:
         super().__init__()
-        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.gated_layers = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = Linear(config.intermediate_size, config.hidden_size)
         self.layernorm = LayerNorm(config)
         self.site, self.dropout_p = first_site + SITE_FEED_FORWARD, config.hidden_dropout_prob
         self.recompute = False
@@ -252,7 +262,7 @@ class Transform(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config)
 
     def forward(self, x_md: Tensor) -> Tensor:
@@ -263,7 +273,7 @@ class Predictions(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.transform = Transform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, x_md: Tensor) -> Tensor:
         return self.decoder(self.transform(x_md))
@@ -311,6 +321,13 @@ def set_recomputation(encoder: Encoder, layers: bool, geglu: bool) -> None:
     for module in encoder.modules():
         if isinstance(module, FeedForward):
             module.recompute = geglu
+
+
+def set_onednn(model: nn.Module, wanted: bool) -> None:
+    """Whether the linear layers of a model compute by oneDNN."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.onednn = wanted
 
 
 def initial_values(shapes: Mapping[str, tuple[int, ...]], seed: int, std: float) -> Iterator[tuple[str, Tensor]]:
