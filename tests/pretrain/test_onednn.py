@@ -1,7 +1,5 @@
 """fp32 products by oneDNN: the same model to rounding, tried first, refused where they can't be."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from data_prep.cli import InputError
 from pretrain import onednn
 from pretrain.config import load_config
 from pretrain.model import MaskedLanguageModel, ModelConfig, Packed, initialize, set_onednn
-from tests.commands import pretrain
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(onednn.obstacle(CPU) is not None, reason=f"oneDNN: {onednn.obstacle(CPU)}")
@@ -44,11 +41,6 @@ def test_the_compiler_takes_it_as_one_operation() -> None:
     leaves = tuple(torch.randn(shape, requires_grad=True) for shape in ((7, 16), (5, 16), 5))
     found = torch.library.opcheck(torch.ops.dnabert2.onednn_linear.default, leaves)
     assert set(found.values()) == {"SUCCESS"}
-
-
-def test_a_run_says_that_it_multiplies_so(tiny_config: list[str], tmp_path: Path) -> None:
-    arguments = ["train", *tiny_config, f"run_dir={tmp_path / 'run'}", "train.stop_at_step=1", "train.onednn=true"]
-    assert "linear layers: oneDNN" in pretrain(*arguments, ranks=2).stderr
 
 
 def test_wrong_products_and_another_torch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,25 @@ def test_other_ranks_and_stages_go_on_with_the_same_batches(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, ("deepspeed.zero_stage=3", "train.activation_checkpointing=true", "train.recompute_geglu=true")),
+        (1, ("train.compile=true", "train.recompute_geglu=true")),  # every rank compiles
+        (2, ("deepspeed.zero_stage=0", "train.onednn=true")),
+    ],
+    ids=["checkpointing", "compile", "onednn"],
+)
+def test_what_makes_a_step_cheaper_may_be_switched_on_in_the_middle_and_changes_nothing(
+    tiny_config: list[str], uninterrupted: Path, tmp_path: Path, ranks: int, settings: tuple[str, ...]
+) -> None:
+    run_dir = copy_at(6, uninterrupted, tmp_path / "run")
+    pretrain("train", *tiny_config, f"run_dir={run_dir}", *settings, ranks=ranks)
+    for ours, theirs in zip(metrics(run_dir), metrics(uninterrupted), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_any_ranks_and_any_stage_read_and_write_back_the_same_bits(
     tiny_config: list[str], tmp_path: Path, dtype: str
