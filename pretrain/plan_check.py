@@ -9,10 +9,9 @@ import torch.distributed as dist
 
 from data_prep.cli import InputError
 from pretrain import zero_state, zero_step
+from pretrain.compiled import prepare_engine
 from pretrain.config import Config
 from pretrain.distributed import start
-from pretrain.engine import build_engine
-from pretrain.implementations import choose
 from pretrain.model import Packed
 from pretrain.plan_fit import Memory, Way
 
@@ -20,7 +19,7 @@ MICRO_BATCHES = 2  # the second meets the gradients of the first
 
 
 def check(config: Config, kernels: dict[str, str], length: int) -> dict[str, Any]:
-    """Take a step of two micro batches alone on this machine's GPU; layers are not compiled.
+    """Take a step of two micro batches alone on this machine's GPU, as `train` does.
 
     Args:
         config: the run's; on one GPU nothing is shared out, so its state has to fit there.
@@ -37,9 +36,8 @@ def check(config: Config, kernels: dict[str, str], length: int) -> dict[str, Any
     config = config.model_copy(update={"train": train})
     world = start()
     try:
-        used = choose(config, world, length)
         torch.cuda.reset_peak_memory_stats(world.device)
-        engine = build_engine(config, world)
+        engine, used = prepare_engine(config, world, length)
         zero_state.load(engine, zero_state.InitialState(zero_state.shapes(engine), 0, config.model.initializer_range))
         tokens = rows * length
         ids_t = torch.randint(5, config.model.vocab_size, (tokens,), device=world.device)
