@@ -257,6 +257,8 @@ MAY_CHANGE = frozenset(
 NEW_EPOCH_MAY_CHANGE = ("train.seed", "data.sampling.")
 # And these with --from-step, which is how one leaves a run that has diverged.
 GOING_BACK_MAY_CHANGE = ("optimizer.", "bad_steps.")
+# And these while a schedule `wsd` has not begun to fall, before and after the change: the steps so far are the same.
+STABLE_PHASE_MAY_CHANGE = ("train.max_steps", "optimizer.decay_steps", "optimizer.final_learning_rate_ratio")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -334,16 +336,30 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_changes(config: Config, saved: Config, source: Path, going_back: bool) -> None:
-    """Raise InputError when a resumed run's configuration differs in a key that would change what the run means."""
+def refuse_changes(config: Config, saved: Config, source: Path, step: int, going_back: bool) -> None:
+    """Raise InputError when a resumed run's configuration differs in a key that would change what the run means.
+
+    Args:
+        config: how it is to go on, `saved` how it was.
+        step: where it goes on.
+    """
     new, old = flatten(config.model_dump(mode="json")), flatten(saved.model_dump(mode="json"))
     changed = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key) and key not in MAY_CHANGE)
     if config.data.start_new_epoch:
         changed = [key for key in changed if not key.startswith(NEW_EPOCH_MAY_CHANGE)]
     if going_back:
         changed = [key for key in changed if not key.startswith(GOING_BACK_MAY_CHANGE)]
+    if all(each.optimizer.schedule == "wsd" and step <= _first_of_decay(each) for each in (config, saved)):
+        changed = [key for key in changed if key not in STABLE_PHASE_MAY_CHANGE]
     if changed:
         lines = ", ".join(f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed)
         new_order = all(key.startswith(NEW_EPOCH_MAY_CHANGE) for key in changed)
         hint = ", or data.start_new_epoch=true to go on with a new epoch" if new_order else ""
+        if saved.optimizer.schedule == "wsd" and set(changed) <= set(STABLE_PHASE_MAY_CHANGE):
+            before = min(_first_of_decay(config), _first_of_decay(saved))
+            hint = f", or --from-step with a step up to {before}, where the learning rate has not begun to fall"
         raise InputError(f"{source}: this run was started with another configuration: {lines}; use another run_dir{hint}")
+
+
+def _first_of_decay(config: Config) -> int:
+    return config.train.max_steps - config.optimizer.decay_steps

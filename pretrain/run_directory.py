@@ -16,17 +16,19 @@ from pretrain.lease import holder
 from pretrain.presets import read_yaml
 
 
-def check(config: Config, run_dir: Path, dataset: Dataset, going_back: bool = False) -> None:
+def check(config: Config, run_dir: Path, dataset: Dataset, from_step: int | None = None) -> None:
     """Raise InputError when the directory holds a run that was started otherwise.
 
     Every rank looks, so that none waits for one that has left. A run that has committed no step may still change anything,
-    one that goes back to an earlier step its optimizer.
+    one that goes back to an earlier step, `from_step`, its optimizer.
     """
     saved, tokenizer = run_dir / "config.yaml", run_dir / "tokenizer.json"
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir}: run_dir is not a directory")
-    if saved.is_file() and any(step > 0 for step in checkpoint.steps(run_dir)):
-        refuse_changes(config, parse_config(read_yaml(saved), str(saved)), saved, going_back)
+    newest = max(checkpoint.steps(run_dir), default=0)
+    if saved.is_file() and newest > 0:
+        step = newest if from_step is None else from_step
+        refuse_changes(config, parse_config(read_yaml(saved), str(saved)), saved, step, going_back=from_step is not None)
     if tokenizer.is_file() and tokenizer.read_bytes() != dataset.tokenizer_path.read_bytes():
         raise InputError(f"{tokenizer}: differs from the tokenizer of {dataset.path}; use another run_dir")
 

@@ -74,7 +74,7 @@ def train(config: Config, from_step: int | None = None, profile_steps: int = 0) 
             # A job that is queued again with the same command must not go back a second time.
             log(f"the run has gone back to step {from_step} already; move later steps out of checkpoints/ to do it again")
             from_step = None
-        run_directory.check(config, run_dir, dataset, from_step is not None)
+        run_directory.check(config, run_dir, dataset, from_step)
         world = start(config.watchdog.start_seconds)
         if world.is_first:
             world.store.set("life", life)

@@ -1,7 +1,8 @@
 """Validation bits a base against training FLOPs, tokens and bases, from run directories: curves.csv and curves.png.
 
 metrics.jsonl has steps alone, so each run's batches are read again, in their order and with their masks, and counted.
-Dotted lines are the token frequencies of finals.csv, which finals.py has written to the same directory.
+Dotted lines are the token frequencies of finals.csv, which finals.py has written to the same directory. Runs that stand in
+curves.csv and are not given stay there.
 
     python benchmarks/learning-curves/curves.py RUN_DIR... --out benchmarks/learning-curves
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,19 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_curves(file: Path) -> list[list[dict[str, Any]]]:
+    """What `curve` gave for each run of the file; none where there is no file."""
+    if not file.exists():
+        return []
+    with file.open() as lines:
+        rows = [
+            {name: text if name == "run" else float(text) for name, text in row.items()} for row in csv.DictReader(lines)
+        ]
+    for row in rows:
+        row |= {name: int(row[name]) for name in COLUMNS[1:5]}
+    return [list(group) for _, group in itertools.groupby(rows, lambda row: row["run"])]
+
+
 def frequencies(file: Path) -> dict[str, float]:
     """Bits a base of `token frequencies` by the run on whose validation they were taken."""
     with file.open() as lines:
@@ -95,12 +110,13 @@ def main() -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR")
     args = parser.parse_args()
-    curves = [curve(run_dir) for run_dir in args.run_dirs]
+    curves = {rows[0]["run"]: rows for rows in read_curves(args.out / "curves.csv")}
+    curves |= {run_dir.name: curve(run_dir) for run_dir in args.run_dirs}
     with (args.out / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for rows in curves for row in rows)
-    draw(curves, frequencies(args.out / "finals.csv"), args.out / "curves.png")
+        writer.writerows(row for rows in curves.values() for row in rows)
+    draw(list(curves.values()), frequencies(args.out / "finals.csv"), args.out / "curves.png")
 
 
 if __name__ == "__main__":

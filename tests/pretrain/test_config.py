@@ -61,12 +61,12 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
 
 def test_on_resume_only_what_does_not_change_the_run_may_change() -> None:
     saved = load_config("tiny")
-    refuse_changes(load_config("tiny", ["deepspeed.zero_stage=3", "train.micro_batch_size=7"]), saved, Path("c"), False)
+    refuse_changes(load_config("tiny", ["deepspeed.zero_stage=3", "train.micro_batch_size=7"]), saved, Path("c"), 1, False)
     with pytest.raises(InputError, match=r"train\.seed is 5, was 0"):
-        refuse_changes(load_config("tiny", ["train.seed=5"]), saved, Path("c"), False)
+        refuse_changes(load_config("tiny", ["train.seed=5"]), saved, Path("c"), 1, False)
     lower = load_config("tiny", ["optimizer.learning_rate=1e-4"])
     with pytest.raises(InputError, match=r"optimizer.learning_rate is 0.0001"):
-        refuse_changes(lower, saved, Path("c"), False)
-    refuse_changes(lower, saved, Path("c"), going_back=True)
+        refuse_changes(lower, saved, Path("c"), 1, False)
+    refuse_changes(lower, saved, Path("c"), 1, going_back=True)
     with pytest.raises(InputError, match=r"train.seed is 5"):
-        refuse_changes(load_config("tiny", ["train.seed=5"]), saved, Path("c"), going_back=True)
+        refuse_changes(load_config("tiny", ["train.seed=5"]), saved, Path("c"), 1, going_back=True)

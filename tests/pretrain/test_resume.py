@@ -63,6 +63,25 @@ def test_going_back_sets_later_steps_aside_once_and_may_change_the_optimizer(
         assert "optimizer.learning_rate is 0.001, was 0.0001" in refused.stderr
 
 
+def test_a_stable_phase_is_extended_before_its_decay_and_not_after(tiny_config: list[str], tmp_path: Path) -> None:
+    def train(run_dir: str, *settings: str, status: int = 0) -> str:
+        command = ["train", *tiny_config, *SAVED_OFTEN, f"run_dir={tmp_path / run_dir}", "optimizer.schedule=wsd", *settings]
+        return pretrain(*command, status=status).stderr
+
+    longer = "train.max_steps=10", "optimizer.decay_steps=2", "optimizer.final_learning_rate_ratio=0.1"
+    train("long", *longer)
+    train("extended", "optimizer.decay_steps=4")  # 8 steps, from the fifth on down
+    refused = train("extended", *longer, status=2)
+    assert "train.max_steps is 10, was 8" in refused and "--from-step with a step up to 4, where" in refused
+    other = train("extended", "optimizer.decay_steps=4", "optimizer.warmup_steps=3", status=2)
+    assert "optimizer.warmup_steps is 3, was 2" in other and "--from-step" not in other
+    train("extended", *longer, "--from-step", "4")
+    assert losses(tmp_path / "extended") == losses(tmp_path / "long")
+    train("stopped", "optimizer.decay_steps=4", "train.stop_at_step=4")
+    train("stopped", *longer)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "long")
+
+
 def test_a_run_that_can_not_go_back_is_left_as_it_is(
     tiny_config: list[str], tiny_dataset: Path, finished: Path, tmp_path: Path
 ) -> None:
