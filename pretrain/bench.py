@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from data_prep.cli import InputError, log
-from pretrain import bench_huggingface, bench_sweep
+from pretrain import bench_huggingface, bench_sweep, onednn
 from pretrain.bench_loader_candidates import write_synthetic
 from pretrain.bench_step import OurStep, count, flops, now
 from pretrain.config import Config, load_config
@@ -42,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="such as train.micro_batch_size=32 data.path=DATASET"
     )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each candidate (default: 10)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        metavar="N",
+        help="timed steps of each candidate (default: 10), after 3, or 20 on a GPU, that are not",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: torch's choice)")
     parser.add_argument(
         "--against",
@@ -115,12 +121,9 @@ def _bench(config: Config, world: World, steps: int, against: Sequence[str]) -> 
             step(padded)
             seconds[name].append(now(device) - started)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = {
-        f"ratio_{name}": statistics.median(its / own for its, own in zip(seconds[name], seconds["ours"], strict=True))
-        for name in theirs
-    }
+    ratios: dict[str, Any] = {f"ratio_{name}": paired_ratio(seconds[name], seconds["ours"]) for name in theirs}
     mean = {key: sum(row[key] for row in counted) / len(counted) for key in counted[0]}
-    return _result(config, world, ours, longest, steps, median, mean) | ratios
+    return _result(config, world, ours, longest, steps, median, mean) | ratios | {"seconds": seconds}
 
 
 def _result(
@@ -175,18 +178,23 @@ def _result(
     return result
 
 
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Median over batches of the seconds that they took for one, divided by ours."""
+    return statistics.median(its / own for its, own in zip(theirs, ours, strict=True))
+
+
 def gemm_rate(config: Config, device: torch.device) -> float:
-    """FLOP/s of the model's largest product as torch computes it here: what a step of nothing else could reach."""
+    """FLOP/s of the model's largest product, forward, as the run computes it: what a step of nothing else could reach."""
     d, f = config.model.hidden_size, config.model.intermediate_size
     rows = 32768 if device.type == "cuda" else 4096
     a_td = torch.randn(rows, d, device=device, dtype=DTYPES[config.train.dtype])
-    b_df = torch.randn(d, 2 * f, device=device, dtype=DTYPES[config.train.dtype])
+    weight_fd = torch.randn(2 * f, d, device=device, dtype=DTYPES[config.train.dtype])
     seconds = []
-    for _ in range(7):
+    for _ in range(23):
         started = now(device)
-        a_td @ b_df
+        onednn.linear(a_td, weight_fd, None) if config.train.onednn else a_td @ weight_fd.t()
         seconds.append(now(device) - started)
-    return 4 * rows * d * f / statistics.median(seconds[2:])
+    return 4 * rows * d * f / statistics.median(seconds[3:])
 
 
 def _version(package: str) -> str | None:
@@ -200,7 +208,7 @@ def _log(result: dict[str, Any]) -> None:
     for name, speed in result["tokens_per_second"].items():
         products = result["matrix_flops_per_step"][name]
         rate = products / result["step_seconds"][name]
-        ratio = "" if name == "ours" else f"   ours / it: {result[f'ratio_{name}']:.3f}"
+        ratio = "" if name == "ours" else f"   ours / it: {result[f'ratio_{name}']:.3f}, step by step"
         log(f"{name:36} {speed:12,.0f} tokens/s {rate / 1e9:10,.1f} GFLOP/s in products{ratio}")
     whole = sum(result["parts_seconds"].values())
     log("parts: " + ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in result["parts_seconds"].items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from pretrain.training_step import TrainingSteps
 
 # What a matrix product is called: operations on a CPU, kernels on a GPU. Attention's two products are in its own.
 PRODUCTS_CPU = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "mkldnn::")
-STEP = "training step"
 PRODUCTS_GPU = ("gemm", "nvjet", "cutlass", "xmma", "attention", "splitk")
 
 
@@ -66,21 +66,17 @@ class OurStep:
     def share_in_products(self, steps: int) -> dict[str, float]:
         """Share of a step's time by operation (kernel, on a GPU): `matrix_products`, attention's among them, and others.
 
-        On a CPU the time is that of the thread that trains; beside it another one reads batches.
+        On a CPU `other` has what Python takes between the operations.
         """
         on_gpu = self.world.device.type == "cuda"
         ready = [next(self.batches) for _ in range(steps)]
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             for batches in ready:
-                with record_function(STEP):
+                with contextlib.nullcontext() if on_gpu else record_function("training step"):
                     self.step(batches)
             now(self.world.device)
         shares = dict.fromkeys(("matrix_products", "optimizer", "compiled_layers", "other"), 0.0)
-        events = profiler.key_averages() if on_gpu else profiler.events()
-        threads = set() if on_gpu else {event.thread for event in events if event.key == STEP}
-        for event in events:
-            if not on_gpu and event.thread not in threads:
-                continue
+        for event in profiler.key_averages():
             spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             shares[_kind(event.key, PRODUCTS_GPU if on_gpu else PRODUCTS_CPU)] += spent
         total = sum(shares.values())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cli import InputError, log
+from pretrain.config import load_config
 
 KEYS = {"micro": "train.micro_batch_size", "stage": "deepspeed.zero_stage"}  # the others are given to the launcher
 AXES = ("nodes", "ranks", "stage", "micro")
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every combination; one that fails (memory, too many ranks) is a row without a speed."""
     if args.out is None:
         raise InputError("--sweep needs --out DIR")
-    axes = parse(args.sweep)
+    config = load_config(args.config, ["run_dir=none", "data.path=none", *args.overrides])
+    axes = parse(args.sweep, config.deepspeed.zero_stage, config.train.micro_batch_size)
     if max(axes["nodes"]) > 1 and "{nodes}" not in args.launch:
         raise InputError("--sweep nodes=N needs --launch with {nodes}: torchrun starts ranks of this machine only")
     try:
@@ -66,9 +68,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "out": str(args.out)}
 
 
-def parse(texts: list[str]) -> dict[str, list[int]]:
-    """`micro=8,16 ranks=1,2` as {axis: values}, with 1 (stage: 1, micro: 16) where an axis isn't named."""
-    axes = {"nodes": [1], "ranks": [1], "stage": [1], "micro": [16]}
+def parse(texts: list[str], stage: int, micro: int) -> dict[str, list[int]]:
+    """`micro=8,16 ranks=1,2` as {axis: values}; one that isn't named has one value: 1 node, 1 rank, `stage`, `micro`."""
+    axes = {"nodes": [1], "ranks": [1], "stage": [stage], "micro": [micro]}
     for text in texts:
         axis, _, values = text.partition("=")
         if axis not in axes or not all(value.isdigit() for value in values.split(",")):

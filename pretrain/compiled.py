@@ -2,7 +2,7 @@
 
 On a GPU the Triton kernels stay what they are (custom operations that Inductor calls) and the rest of a layer is fused
 around them; on a CPU the plain operations themselves are, which PyTorch would compute one after the other. A graph break is
-an error (`fullgraph`), so nothing is left out silently. At ZeRO stage 3 layers are not compiled: DeepSpeed's hooks, which
+an error (`fullgraph`), so nothing is left out silently. At ZeRO stage 3 layers can't be compiled: DeepSpeed's hooks, which
 gather weights, can't be part of a graph.
 """
 
@@ -21,7 +21,7 @@ from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.engine import DTYPES, build_engine
 from pretrain.implementations import choose, choose_onednn
-from pretrain.model import Encoder, ModelConfig, Packed, initialize, set_recomputation
+from pretrain.model import Encoder, Linear, ModelConfig, Packed, initialize, set_onednn, set_recomputation
 
 # Of `compare_compiled`: compiled and plain layers round at other places.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -35,7 +35,8 @@ def prepare_engine(config: Config, world: World, longest: int) -> tuple[Any, dic
         longest: sequence of the data, in tokens.
 
     Returns:
-        DeepSpeed's engine, and the name of what computes each operation, the layers around them and the products in these.
+        DeepSpeed's engine, and the name of what computes each operation, the layers around them (`layers`) and their
+        products (`linear`).
     """
     names = choose(config, world, longest)
     choose_onednn(config, world)
@@ -43,7 +44,8 @@ def prepare_engine(config: Config, world: World, longest: int) -> tuple[Any, dic
     engine = build_engine(config, world)
     if compiled:
         compile_layers(engine.module.bert)
-    layers, linear = "torch.compile" if compiled else "torch", "onednn" if config.train.onednn else "torch"
+    used = {module.onednn for module in engine.module.modules() if isinstance(module, Linear)}
+    layers, linear = "torch.compile" if compiled else "torch", "onednn" if used == {True} else "torch"
     return engine, names | {"layers": layers, "linear": linear}
 
 
@@ -77,12 +79,11 @@ def choose_compilation(config: Config, world: World) -> bool:
 
 def _obstacle(config: Config, device: torch.device) -> str | None:
     """Why layers can't be compiled here, or None. Compiles one layer, which the others will share."""
-    if config.deepspeed.zero_stage == 3:
-        return "ZeRO stage 3 gathers weights between operations"
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "there is no C++ compiler (c++, g++ or clang++)"
     try:
-        off = compare_compiled(config.model, device, DTYPES[config.train.dtype], config.train.recompute_geglu)
+        train = config.train
+        off = compare_compiled(config.model, device, DTYPES[train.dtype], train.recompute_geglu, train.onednn)
     except Exception as error:  # a compiler has many ways to fail, and any of them is a reason
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -90,12 +91,15 @@ def _obstacle(config: Config, device: torch.device) -> str | None:
     return None if off <= tolerance else f"a compiled layer's gradients are off by {off:.1e}, more than {tolerance:.0e}"
 
 
-def compare_compiled(model: ModelConfig, device: torch.device, dtype: torch.dtype, recompute_geglu: bool = False) -> float:
+def compare_compiled(
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, recompute_geglu: bool = False, onednn: bool = False
+) -> float:
     """Norm of the difference of the gradients of an encoder of two layers, compiled and as it is, relative to their norm."""
     encoder = Encoder(model.model_copy(update={"num_hidden_layers": 2, "vocab_size": 16}))
     initialize(encoder, 0, model.hidden_size**-0.5)  # of a size with which every part weighs in the gradients
     encoder.to(device=device, dtype=dtype)
     set_recomputation(encoder, layers=False, geglu=recompute_geglu)
+    set_onednn(encoder, onednn)
     plain = [_gradients(encoder, lengths, device) for lengths in _LENGTHS]
     compile_layers(encoder)
     compiled = [_gradients(encoder, lengths, device) for lengths in _LENGTHS]

@@ -205,8 +205,12 @@ class Config(Section):
             raise ValueError(
                 "deepspeed.zero_stage 0 needs train.dtype=fp32: in bf16 it has no fp32 master weights; use stage 1"
             )
+        if train.compile and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.compile can't be had at deepspeed.zero_stage 3, which gathers weights inside the layers")
         if train.onednn and train.dtype != "fp32":
             raise ValueError("train.onednn is for train.dtype=fp32; torch takes bf16 products from oneDNN by itself")
+        if train.onednn and train.recompute_geglu:
+            raise ValueError("train.onednn with train.recompute_geglu would compute a product of each layer twice; take one")
         if self.data.stall_seconds >= self.watchdog.step_seconds:
             raise ValueError("data.stall_seconds must be less than watchdog.step_seconds")
         return self

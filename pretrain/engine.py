@@ -71,7 +71,7 @@ def build_engine(config: Config, world: World) -> Any:
         log(f"optimizer: {name_of(config.optimizer)}{waits if isinstance(optimizer, HostJudged) else ''}")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if stage == 0 and world.size == 1:
-        engine.enable_backward_allreduce = False  # it would copy all gradients twice, to sum them over one rank
+        engine.enable_backward_allreduce = False  # it would copy all gradients, to sum them over one rank
     zero_step.leave_judging_to_us(engine)
     if isinstance(optimizer, Lamb):
         number = {name: index for index, name in enumerate(zero_state.shapes(engine))}

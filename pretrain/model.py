@@ -111,7 +111,7 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A dense layer; with `onednn`, of fp32 matrices on a CPU (`pretrain/onednn.py`)."""
+    """A dense layer of [rows, in] matrices; with `onednn`, for fp32 on a CPU, by that (`pretrain/onednn.py`)."""
 
     onednn = False
 

@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if memory_gb is None:
         known = ", ".join(PEAK_TFLOPS)
         raise InputError(f"--gpu {args.gpu}: its memory is not known; give --gpu-memory-gb, or one of {known}")
+    if config.train.onednn:
+        raise InputError("train.onednn=true: it computes on CPUs, and this is a plan for GPUs")
     kernels = _kernels(config, args.gpu)
     memory = Memory(config, kernels, data["length"], args.gpus_per_node, memory_gb * 1e9 * USABLE_SHARE)
     train = config.train

@@ -98,7 +98,7 @@ def state(
             moments=8 * total,
             gradients=item * total,
             bucket=0,
-            summing=item * min(total, ALLREDUCE_ELEMENTS),
+            summing=item * min(total, ALLREDUCE_ELEMENTS) if ranks > 1 else 0,
             gathered=0,
             fresh=item * largest,
             update=item * total + (4 * LAMB_COPIES * total if lamb else 0),

@@ -56,7 +56,7 @@ def attention(
         bias = bias_hss[None].masked_fill((position >= lengths[:, None])[:, None, None, :], -math.inf)
     # Widened before it is cut up: for the copies' strides Inductor would take those of the first sequence length it saw.
     # Cut along the last axis, whose gradients come together again in one pass over contiguous rows.
-    parts = padded.to(wide).view(sequences, max_seqlen, 3 * heads * dim).split(heads * dim, dim=-1)
+    parts = padded.to(wide).reshape(sequences, max_seqlen, 3 * heads * dim).split(heads * dim, dim=-1)
     q, k, v = (part.view(sequences, max_seqlen, heads, dim).transpose(1, 2) for part in parts)
     with torch.autocast(device.type, enabled=False):  # it would round q, k, v and the bias to its own type
         if dropout_p == 0.0 or dropout_keys_t is None:

@@ -128,3 +128,11 @@ def test_a_sequence_over_the_limit_is_refused():
     qkv = torch.zeros(MAX_SEQUENCE + 1, 3, 1, 1)
     with pytest.raises(ValueError, match="10240"):
         attention(qkv, torch.tensor([0, MAX_SEQUENCE + 1], dtype=torch.int32), MAX_SEQUENCE + 1)
+
+
+def test_heads_may_lie_apart_in_memory() -> None:
+    """As a view of [tokens, heads, 3, dim]; sequences of equal lengths take another way than ragged ones."""
+    for lengths in ([4, 4], [3, 5]):
+        strided = torch.randn(8, 2, 3, 16, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        assert torch.equal(attention(strided, starts, max(lengths)), attention(strided.contiguous(), starts, max(lengths)))

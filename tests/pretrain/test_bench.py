@@ -10,6 +10,7 @@ import torch
 
 from data_prep.cli import InputError
 from pretrain import bench_huggingface
+from pretrain.bench import paired_ratio
 from pretrain.bench_sweep import add_efficiency, parse
 from pretrain.loader import MaskedBatch
 from pretrain.model import ModelConfig, Packed
@@ -47,6 +48,11 @@ def test_it_compares_steps_of_the_same_real_tokens(compared):
     assert 0 < result["shares"]["matrix_products"] < 1
     assert min(result["parts_seconds"].values()) >= 0 and set(result["parts_seconds"]) >= {"data", "forward", "backward"}
     assert "ours / it" in compared.stderr
+
+
+def test_a_ratio_is_of_steps_on_the_same_batch():
+    """The machine was slow for both in the second; medians apart would say 1.0."""
+    assert paired_ratio([2.0, 20.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
 def test_bad_numbers():
@@ -98,9 +104,10 @@ def test_a_sweep_writes_rows_and_a_picture_and_keeps_settings_that_fail(tmp_path
 
 
 def test_axes_of_a_sweep():
-    assert parse(["micro=8,16", "ranks=2"]) == {"nodes": [1], "ranks": [2], "stage": [1], "micro": [8, 16]}
+    assert parse(["micro=8,16", "ranks=2"], 0, 32) == {"nodes": [1], "ranks": [2], "stage": [0], "micro": [8, 16]}
+    assert parse(["stage=1,2"], 0, 32) == {"nodes": [1], "ranks": [1], "stage": [1, 2], "micro": [32]}
     with pytest.raises(InputError, match="--sweep batch=2"):
-        parse(["batch=2"])
+        parse(["batch=2"], 1, 16)
 
 
 def test_efficiency_is_relative_to_the_fewest_ranks():

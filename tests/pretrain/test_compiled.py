@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from kernels.random import PURPOSE_DROPOUT, fork, keep_mask, root_key
 from pretrain.compiled import compare_compiled, compile_layers
-from pretrain.model import MaskedLanguageModel, ModelConfig, Packed, initialize
+from pretrain.model import MaskedLanguageModel, ModelConfig, Packed, initialize, set_onednn
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 
@@ -91,6 +91,17 @@ def test_bf16_takes_sequences_longer_than_the_first_ones() -> None:
 
 def test_the_trial_finds_rounding_only_with_a_geglu_that_is_computed_again_too() -> None:
     assert compare_compiled(CONFIG, torch.device("cpu"), torch.float32, recompute_geglu=True) < 1e-6
+
+
+def test_the_trial_compiles_what_the_run_does_with_onednn_too() -> None:
+    """Else the run would compile other graphs than were tried."""
+    assert compare_compiled(CONFIG, torch.device("cpu"), torch.float32, onednn=True) < 1e-6
+    tried = counters["stats"]["unique_graphs"]
+    model = MaskedLanguageModel(CONFIG)
+    set_onednn(model, True)
+    compile_layers(model.bert)
+    gradients(model, packed([5, 9, 2]))
+    assert counters["stats"]["unique_graphs"] == tried
 
 
 def test_the_trial_finds_masks_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
