@@ -139,7 +139,7 @@ def _result(
     device = world.device
     alone = device.type == "cuda" and len(median) == 1
     memory_gb = torch.cuda.max_memory_allocated(device) / 1e9 if alone else None
-    parts, shares = ours.parts(max(2, steps // 2)), ours.share_in_products(2)
+    parts, (shares, largest) = ours.parts(max(2, steps // 2)), ours.profile(2)
     total = dict(zip(mean, world.sum(*mean.values()), strict=True))  # of all ranks
     median["ours"] = world.max(median["ours"])
     tokens, of_step = total["tokens"], {key: round(value) for key, value in total.items()}
@@ -153,6 +153,7 @@ def _result(
         "step_seconds": median,
         "parts_seconds": parts,
         "shares": shares,
+        "largest_shares": largest,
         "matrix_flops_per_step": products,
         "mfu": None if peak is None else mfu(products["ours"], median["ours"], world.size, peak),
         "product_tflops": gemm / 1e12,

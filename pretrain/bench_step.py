@@ -63,10 +63,11 @@ class OurStep:
         spent["optimizer"] = whole - sum(spent.values())
         return {name: seconds / steps for name, seconds in spent.items()}
 
-    def share_in_products(self, steps: int) -> dict[str, float]:
-        """Share of a step's time by operation (kernel, on a GPU): `matrix_products`, attention's among them, and others.
+    def profile(self, steps: int) -> tuple[dict[str, float], list[tuple[str, float]]]:
+        """Share of a step's time by operation (kernel, on a GPU): of kinds, and of the 25 largest by name.
 
-        On a CPU `other` has what Python takes between the operations.
+        Kinds are `matrix_products`, attention's among them, `optimizer`, `compiled_layers` and `other`, which on a CPU has
+        what Python takes between the operations.
         """
         on_gpu = self.world.device.type == "cuda"
         ready = [next(self.batches) for _ in range(steps)]
@@ -76,11 +77,13 @@ class OurStep:
                     self.step(batches)
             now(self.world.device)
         shares = dict.fromkeys(("matrix_products", "optimizer", "compiled_layers", "other"), 0.0)
+        names: dict[str, float] = {}
         for event in profiler.key_averages():
-            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            names[event.key] = spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             shares[_kind(event.key, PRODUCTS_GPU if on_gpu else PRODUCTS_CPU)] += spent
         total = sum(shares.values())
-        return {kind: spent / total for kind, spent in shares.items()}
+        largest = sorted(names.items(), key=lambda item: -item[1])[:25]
+        return {kind: spent / total for kind, spent in shares.items()}, [(name, spent / total) for name, spent in largest]
 
 
 def _kind(name: str, products: Sequence[str]) -> str:

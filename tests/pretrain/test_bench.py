@@ -46,6 +46,9 @@ def test_it_compares_steps_of_the_same_real_tokens(compared):
     assert products["ours"] < products["huggingface_masked_logits"] < products["huggingface"]
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert 0 < result["shares"]["matrix_products"] < 1
+    largest = [share for _, share in result["largest_shares"]]
+    assert largest == sorted(largest, reverse=True) and 0.5 < sum(largest) < 1.001
+    assert "aten::mm" in dict(result["largest_shares"])
     assert min(result["parts_seconds"].values()) >= 0 and set(result["parts_seconds"]) >= {"data", "forward", "backward"}
     assert "ours / it" in compared.stderr
 
