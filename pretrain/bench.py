@@ -31,7 +31,7 @@ from pretrain.flops import mfu, peak_flops
 from pretrain.loader import open_dataset
 
 # Steps of each candidate before the timed ones: they compile what is compiled, and on a GPU, where every batch has another
-# number of tokens, the allocator takes memory from the device until it holds blocks for all of them.
+# number of tokens, the allocator may need some until it holds blocks for all of them.
 WARM_UP = {"cpu": 3, "cuda": 20}
 SYNTHETIC = 8192  # sequences
 

@@ -18,12 +18,11 @@ from pretrain.plan_fit import Memory, Way
 MICRO_BATCHES = 2  # the second meets the gradients of the first
 
 
-def check(config: Config, kernels: dict[str, str], length: int) -> dict[str, Any]:
+def check(config: Config, length: int) -> dict[str, Any]:
     """Take a step of two micro batches alone on this machine's GPU, as `train` does.
 
     Args:
         config: the run's; on one GPU nothing is shared out, so its state has to fit there.
-        kernels: that the plan counts with, put beside what runs.
         length: tokens of a sequence.
 
     Returns bytes `planned` for one rank and `measured` by the allocator, `gpu`, and the `kernels` in use. Raises InputError
