@@ -1,4 +1,4 @@
-"""Which implementations of operations a run computes with: chosen at its start, alike on all ranks."""
+"""Which implementations a run computes with, of fused operations and products: chosen at its start, alike on all ranks."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scan
 # Runs a command where the machine is called localhost. With NoInAddrAny, Slurm listens on the address of the machine's
 # name and nowhere else; this makes it 127.0.0.1 wherever we are, for daemons, jobs and commands alike.
 NAMED_LOCALHOST = ["unshare", "--uts", "sh", "-c", 'hostname localhost && exec "$@"', "sh"]
-# PREEMPTED, because preempted jobs are queued again here, for a moment after they were SIGNALING.
+# PREEMPTED, because preempted jobs are queued again here; SIGNALING, because signals come before that (squeue's manual).
 LIVE_STATES = {
     "PENDING",
     "CONFIGURING",
